@@ -1,0 +1,201 @@
+"""What every command of this project shares and no reader comes for: settings from the command line, the choice of device,
+and a training run that survives Ctrl-C, SIGKILL and a full disk."""
+import argparse
+import csv
+import dataclasses
+import os
+import platform
+import random
+import signal
+import sys
+import time
+import typing
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from edm_unet import CheckpointError, read_file, save_atomically
+
+
+class BadInput(ValueError):
+    """The user asked for something that cannot be done; the message is one line that says what, and what to do."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on; the message says at which step, why, and what to try."""
+
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the options)")
+
+
+def parse(cls, argv, description):
+    """A settings dataclass from a command line: one option per field, --like-this for like_this. BadInput for anything else."""
+    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    types = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        name, kind = "--" + f.name.replace("_", "-"), types[f.name]
+        if kind is bool:
+            parser.add_argument(name, action="store_true", help=f.metadata["help"])
+        elif typing.get_origin(kind) is list:
+            parser.add_argument(name, nargs="+", default=f.default, help=f.metadata["help"])
+        else:
+            parser.add_argument(name, type=kind, default=f.default, help=f.metadata["help"])
+    return cls(**vars(parser.parse_args(argv)))
+
+
+def command(main):
+    """Run main(argv) as a program: bad input is one line and exit code 2, a failed run one line and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except (BadInput, CheckpointError) as e:
+        sys.exit(_one_line(e, 2))
+    except (RunFailed, OSError) as e:
+        sys.exit(_one_line(e, 1))
+
+
+def _one_line(e, code):
+    print("error:", " ".join(str(e).split()), file=sys.stderr)
+    return code
+
+
+def positive(s, *names):
+    """BadInput unless each of the named settings is finite and above zero."""
+    for name in names:
+        value = getattr(s, name)
+        if not (value > 0 and value < float("inf")):
+            raise BadInput(f"--{name.replace('_', '-')} must be above zero and finite, not {value}")
+
+
+def pick_device(name):
+    """torch.device for 'auto' (cuda, else mps, else cpu) or for the one named; BadInput if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise BadInput(f"--device {name} is not there: {str(e).splitlines()[0]}") from e
+    return device
+
+
+def machine(device):
+    """What a reported number must say of where it was measured."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "python": platform.python_version(), "system": platform.system()}
+
+
+def seed_everything(seed):
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class EMA:
+    """Exponential moving average of a model's weights, with a warm-up so that the first steps do not linger."""
+
+    def __init__(self, model, average, decay):
+        self.model, self.average, self.decay = model, average.requires_grad_(False), decay
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+class Run:
+    """A training run in the folder `out`: `for step in run:` counts, shows progress, saves and resumes.
+
+    parts: {name: anything with state_dict / load_state_dict}, all that changes while training. Saved with the step, the random
+    states and the settings to out/checkpoint.pt: every `save_every` seconds, at the end, and on Ctrl-C. A run resumed from there
+    ends with the same weights, bit for bit on the CPU. `history` is a list of dicts, written to out/log.csv at every save.
+    """
+
+    def __init__(self, out, settings, parts, resume, overwrite, save_every=30.0):
+        self.out, self.settings, self.parts, self.save_every = Path(out), settings, parts, save_every
+        self.path, self.step, self.seconds, self.history = self.out / "checkpoint.pt", 0, 0.0, []
+        if resume:
+            self._restore()
+        elif self.out.exists() and any(self.out.iterdir()) and not overwrite:
+            raise BadInput(f"{self.out} holds a run already; continue it with --resume, replace it with --overwrite, or choose another --out")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / ".writable").touch()
+            (self.out / ".writable").unlink()
+        except OSError as e:
+            raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
+        if not resume:
+            for old in ("checkpoint.pt", "log.csv", "metrics.json"):
+                (self.out / old).unlink(missing_ok=True)
+
+    def _restore(self):
+        saved = read_file(self.path, "run")
+        now = comparable(self.settings)
+        differ = [f"{k} was {saved['settings'].get(k)!r} and is {now.get(k)!r}" for k in sorted(set(now) | set(saved["settings"]))
+                  if now.get(k) != saved["settings"].get(k)]
+        if differ:
+            raise BadInput(f"cannot resume {self.out} with other settings: {'; '.join(differ)}")
+        for name, part in self.parts.items():
+            part.load_state_dict(saved["parts"][name])
+        self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
+        torch.set_rng_state(saved["rng"])
+        if torch.cuda.is_available() and saved["rng_cuda"] is not None:
+            torch.cuda.set_rng_state(saved["rng_cuda"])
+
+    def elapsed(self):
+        """Seconds of work, earlier parts of a resumed run included."""
+        now = time.monotonic()
+        self.seconds, self.last = self.seconds + now - self.last, now
+        return self.seconds
+
+    def save(self):
+        save_atomically({"kind": "run", "parts": {k: v.state_dict() for k, v in self.parts.items()}, "step": self.step,
+                         "seconds": self.seconds, "history": self.history, "settings": comparable(self.settings),
+                         "rng": torch.get_rng_state(),
+                         "rng_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}, self.path)
+        self.write_log()
+
+    def write_log(self):
+        if self.history:
+            partial = self.out / "log.csv.partial"
+            with open(partial, "w", newline="") as f:
+                rows = csv.DictWriter(f, list(self.history[0]))
+                rows.writeheader()
+                rows.writerows(self.history)
+            os.replace(partial, self.out / "log.csv")
+
+    def __iter__(self):
+        interrupted = []  # Ctrl-C waits for the end of the step, so that what is saved is consistent
+        previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(True))
+        self.bar = tqdm(total=self.settings.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        saved_at = self.last = time.monotonic()
+        try:
+            while self.step < self.settings.steps:
+                yield self.step
+                self.step += 1
+                self.bar.update()
+                self.elapsed()
+                if self.last - saved_at > self.save_every or interrupted or self.step == self.settings.steps:
+                    self.save()
+                    saved_at = time.monotonic()
+                if interrupted:
+                    self.bar.close()
+                    print(f"stopped at step {self.step}, saved to {self.path}; continue with the same command and --resume", file=sys.stderr)
+                    sys.exit(130)
+        finally:
+            self.bar.close()
+            signal.signal(signal.SIGINT, previous)
+
+
+def comparable(settings):
+    """The settings that must not change between a run and its continuation: all but those that only say how to start."""
+    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile"}
+    return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ignored}

@@ -1,0 +1,407 @@
+"""The judge, and what it says of a generator: accuracy per class, Frechet distance (FD), precision and recall.
+
+    python evaluate.py runs/mnist-forget0-to1       # prints the table; writes metrics.json and samples.png there
+
+An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside it, which is
+the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number comes from those.
+"""
+import argparse
+import csv
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from common import BadInput, command, machine, pick_device
+from edm_unet import heun_sampler, load_checkpoint, read_file, save_atomically
+
+HERE, TEACHER_STEPS = Path(__file__).parent, 18
+PER_LABEL, PER_FORGOTTEN = 1000, 5000  # images judged for a verdict
+
+
+# ------------------------------------------------------------------------------------------------------------------ the judge
+
+def conv_bn(c_in, c_out, stride=1):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, c_in, c_out, stride):
+        super().__init__()
+        self.a, self.b = conv_bn(c_in, c_out, stride), conv_bn(c_out, c_out)
+        self.skip = conv_bn(c_in, c_out, stride) if c_in != c_out or stride > 1 else nn.Identity()
+
+    def forward(self, x):
+        return F.relu(self.b(F.relu(self.a(x))) + self.skip(x))
+
+
+class Judge(nn.Module):
+    """Classifier with a 128-wide penultimate layer. x (B, C, H, W) in [-1, 1] -> (logits (B, K), features (B, 128))."""
+
+    def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1):
+        super().__init__()
+        self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width, stem_stride=stem_stride)
+        w = width
+        if arch == "cnn":
+            plan = [(channels, w, stem_stride), "pool", (w, 2 * w, 1), (2 * w, 2 * w, 1), "pool", (2 * w, 4 * w, 1), "pool"]
+            layers = [nn.MaxPool2d(2) if p == "pool" else nn.Sequential(conv_bn(*p), nn.ReLU()) for p in plan]
+            side = (resolution + stem_stride - 1) // stem_stride // 8
+            layers += [nn.Flatten(), nn.Linear(4 * w * side ** 2, 128)]
+        elif arch == "resnet":
+            layers = [conv_bn(channels, w, stem_stride), nn.ReLU(), ResBlock(w, w, 1), ResBlock(w, w, 1), ResBlock(w, 2 * w, 2),
+                      ResBlock(2 * w, 2 * w, 1), ResBlock(2 * w, 4 * w, 2), ResBlock(4 * w, 4 * w, 1)]
+            layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 128)]
+        else:
+            raise ValueError(f"arch must be 'cnn' or 'resnet', not {arch!r}")
+        self.trunk, self.head = nn.Sequential(*layers), nn.Linear(128, num_classes)
+
+    def forward(self, x):
+        features = F.relu(self.trunk(x))
+        return self.head(features), features
+
+
+def to_uint8(x):
+    """Images in [-1, 1] as 8-bit ones: what a judge is shown, real and generated alike."""
+    return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_float(images):
+    return images.float() / 127.5 - 1
+
+
+@torch.no_grad()
+def class_stats(judge, images, labels, keep=500, batch=500):
+    """All that the tables need of a set of images (uint8 (N, C, H, W)) asked for, or known, under `labels` (N,): per label k
+
+    confusion (K, K) how often an image of label k is judged as each class;  entropy (K,) of the judge's opinion, mean, in nats;
+    mean (K, 128), second (K, 128, 128) moments of its features;  features (K, <= keep, 128) of the first ones, float16.
+    """
+    judge.eval()
+    K = judge.settings["num_classes"]
+    outputs = [judge(to_float(part.to(next(judge.parameters()).device))) for part in images.split(batch)]
+    logits, features = (torch.cat(o).cpu() for o in zip(*outputs))
+    log_p, labels = logits.log_softmax(1), labels.cpu()
+    f = features.double()
+    of = [labels == k for k in range(K)]
+    fewest = min([keep] + [int(m.sum()) for m in of])
+    return {"confusion": torch.stack([logits.argmax(1)[m].bincount(minlength=K) for m in of]),
+            "entropy": torch.stack([-(log_p[m].exp() * log_p[m]).sum(1).mean() for m in of]),
+            "mean": torch.stack([f[m].mean(0) for m in of]).float(),
+            "second": torch.stack([f[m].T @ f[m] / m.sum() for m in of]).float(),
+            "features": torch.stack([features[m][:fewest] for m in of]).half()}
+
+
+def load_judge(path, device):
+    """(judge, the file's other entries: reference statistics, accuracy, how it was made)."""
+    content = read_file(path, "judge")
+    judge = Judge(**content["judge"]).to(device).eval()
+    judge.load_state_dict(content["weights"])
+    return judge.requires_grad_(False), content
+
+
+def find(name):
+    """A shipped file, or one that train_teacher.py left in runs/: the path, or None."""
+    for path in (HERE / "teachers" / f"{name}.pt", Path("runs") / name.replace("_", "-") / "judge.pt"):
+        if path.exists():
+            return path
+
+
+# ---------------------------------------------------------------------------------------------------- numbers from statistics
+
+def moments(stats, labels):
+    """Mean (128,) and covariance (128, 128) of the equal-weight mixture of `labels`, float64."""
+    mean, second = stats["mean"][labels].double().mean(0), stats["second"][labels].double().mean(0)
+    return mean, second - mean.outer(mean)
+
+
+def sqrtm(c):
+    """Square root of a symmetric positive semi-definite matrix; rounding's negative eigenvalues are zero."""
+    values, vectors = torch.linalg.eigh((c + c.T) / 2)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of two (mean, covariance) pairs.
+
+    The inner matrix is symmetric and positive semi-definite, so that its root is real, unlike that of C_a C_b."""
+    (m_a, c_a), (m_b, c_b) = a, b
+    root = sqrtm(c_a)
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images within
+    the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake."""
+    def covered(points, support):
+        radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values  # the nearest neighbour of a point is itself
+        return (torch.cdist(points, support) <= radius).any(1).float().mean().item()
+    return covered(fake, real), covered(real, fake)
+
+
+def metrics(stats, confusion2, reference, floor, forget, to):
+    """The numbers of a verdict. stats of the images, confusion2 by the second judge, reference of the training images, floor of
+    the held-out ones; forget and to as `sfd_minimal.read_labels` gives them."""
+    confusion, K = stats["confusion"], len(stats["confusion"])
+    kept = [k for k in range(K) if k not in forget]
+    asked = [o for t in to for o in (kept if t < 0 else [t])]  # what the forgotten labels should show now
+    accuracy, accuracy2 = (c.diag() / c.sum(1) for c in (confusion, confusion2))
+    real, fake = (s["features"][kept].flatten(0, 1).float() for s in (reference, stats))
+    precision, recall = precision_recall(real, fake)
+    out = {"kept_accuracy": accuracy[kept].mean().item(), "kept_accuracy_judge2": accuracy2[kept].mean().item(),
+           "per_class_accuracy": accuracy.tolist(), "entropy": stats["entropy"].tolist(),
+           "fd": frechet(moments(stats, kept), moments(reference, kept)),
+           "fd_floor": frechet(moments(floor, kept), moments(reference, kept)),
+           "precision": precision, "recall": recall, "n": int(confusion.sum())}
+    if forget:
+        shares = [confusion[f, kept if t < 0 else [t]].sum() / confusion[f].sum() for f, t in zip(forget, to)]
+        out |= {"ua": 1 - accuracy[forget].mean().item(), "ua_judge2": 1 - accuracy2[forget].mean().item(),
+                "override_share": torch.stack(shares).mean().item(),
+                "fd_override": frechet(moments(stats, forget), moments(reference, asked)),
+                "fd_override_floor": frechet(moments(floor, asked), moments(reference, asked)),
+                "n_forgotten": int(confusion[forget].sum())}
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------- from models to numbers
+
+@torch.no_grad()
+def draw(generate, labels, net, device, seed, batch=500, progress=None):
+    """Images uint8 (N, C, H, W) under labels (N,): generate(z, one-hot) with z from a seed that means the same on every device."""
+    rng, images = torch.Generator().manual_seed(seed), []
+    for part in tqdm(labels.split(batch), desc=progress, disable=not progress, leave=False):
+        z = torch.randn(len(part), net.channels, net.resolution, net.resolution, generator=rng).to(device)
+        images.append(to_uint8(generate(z, F.one_hot(part, net.num_classes).float().to(device))).cpu())
+    return torch.cat(images)
+
+
+def one_step(generator, sigma_init):
+    return lambda z, c: generator(sigma_init * z, sigma_init, c)
+
+
+def many_step(teacher):
+    return lambda z, c: heun_sampler(teacher, z, c, TEACHER_STEPS)
+
+
+def images_per_second(generate, net, device, n):
+    labels = torch.arange(n) % net.num_classes
+    draw(generate, labels[:10], net, device, 0)
+    start = time.perf_counter()
+    draw(generate, labels, net, device, 0, batch=n)
+    return n / (time.perf_counter() - start)
+
+
+class Referee:
+    """Both judges of a data set, and the question of which labels were forgotten."""
+
+    def __init__(self, data, device, forget, to, seed=1000):
+        name = Path(data).name
+        self.paths = [find(f"{name}_judge"), find(f"{name}_judge2")]
+        if None in self.paths:
+            raise BadInput(f"no judges for {data}: train them with `python train_teacher.py --data {data} --judge`")
+        (self.judge, info), (self.judge2, _) = (load_judge(p, device) for p in self.paths)
+        self.reference, self.floor, self.classes = info["train"], info["test"], info["classes"]
+        self.device, self.forget, self.to, self.seed = device, forget, to, seed
+        self.kept = [k for k in range(len(self.classes)) if k not in forget]
+
+    def measure(self, generate, net, counts, progress=None):
+        """(class_stats of the first judge, confusion of the second) of counts[k] images under each label k."""
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        images = draw(generate, labels, net, self.device, self.seed, progress=progress)
+        return class_stats(self.judge, images, labels), class_stats(self.judge2, images, labels, keep=0)["confusion"]
+
+    def report(self, stats, confusion2):
+        return metrics(stats, confusion2, self.reference, self.floor, self.forget, self.to)
+
+    def probe(self, generate, net, per_label=100):
+        """A quick look at a generator in training: UA, kept accuracy and an FD that is biased upwards by its small sample."""
+        labels = torch.arange(net.num_classes).repeat_interleave(per_label)
+        stats = class_stats(self.judge, draw(generate, labels, net, self.device, self.seed), labels, keep=0)
+        accuracy = stats["confusion"].diag() / per_label
+        forgotten = {"ua": 1 - accuracy[self.forget].mean().item()} if self.forget else {}
+        return forgotten | {"kept_accuracy": accuracy[self.kept].mean().item(),
+                            "fd": frechet(moments(stats, self.kept), moments(self.reference, self.kept))}
+
+    def known(self, path, generate, net, what):
+        """`measure` of a file that does not change, 1,000 images per label, remembered beside it under the files' fingerprint."""
+        memory = Path(path).with_name(Path(path).stem + "_measured.pt")
+        fingerprint = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [path, *self.paths])).hexdigest()
+        if memory.exists():
+            content = read_file(memory, "measured")
+            if content["fingerprint"] == fingerprint:
+                return content["stats"], content["confusion2"]
+        stats, confusion2 = self.measure(generate, net, [PER_LABEL] * net.num_classes, progress=what)
+        save_atomically({"kind": "measured", "fingerprint": fingerprint, "stats": stats, "confusion2": confusion2,
+                         "machine": machine(self.device)}, memory)
+        return stats, confusion2
+
+
+# ------------------------------------------------------------------------------------------------------------ the whole verdict
+
+def verdict(out, device, teacher_file=None):
+    """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where there is one.
+    Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
+    out = Path(out)
+    generator, info = load_checkpoint(out / "generator.pt", device)
+    s, net, K = info["settings"], generator.settings, generator.settings.num_classes
+    teacher_path = Path(teacher_file or info["teacher"])
+    teacher, _ = load_checkpoint(teacher_path, device)
+    referee = Referee(info["data"], device, info["forget"], info["to"])
+    forget, generate = info["forget"], one_step(generator, info["sigma_init"])
+
+    counts = [PER_FORGOTTEN if k in forget else PER_LABEL for k in range(K)]
+    rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
+    rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
+    sid_path = find(f"{Path(info['data']).name}_sid")
+    if forget and sid_path:
+        sid, sid_info = load_checkpoint(sid_path, device)
+        sid = one_step(sid, sid_info["sigma_init"])
+        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, "judging the un-erased generator, once"))
+        rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000)}
+    rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, "judging the teacher, once"))
+
+    labels = torch.arange(K).repeat_interleave(20)
+    start = time.perf_counter()
+    teacher_images = draw(many_step(teacher), labels, net, device, seed=0)
+    rows["teacher"] |= {"nfe": 2 * TEACHER_STEPS - 1, "images_per_second": len(labels) / (time.perf_counter() - start)}
+    samples_figure({"teacher, 35 evaluations": teacher_images, "generator, 1 evaluation": draw(generate, labels, net, device, seed=0)},
+                   referee.classes, forget, out / "samples.png")
+    if (out / "log.csv").exists():
+        curves_figure(out / "log.csv", rows, out / "curves.png")
+
+    result = rows["this generator"] | {"seconds": info["seconds"], "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
+                                       "forget": forget, "to": info["to"], "settings": s, "machine": machine(device)}
+    text = json.dumps(result, indent=1)
+    (out / "metrics.json").write_text(text + "\n")
+    print(table({name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}))
+    print(f"n = {result['n']} images judged, {PER_FORGOTTEN if forget else PER_LABEL} under each "
+          f"{'forgotten ' if forget else ''}label; FD of held-out real images (its floor): {result['fd_floor']:.2f}")
+    print(f"trained in {info['seconds']:.0f} s; wrote metrics.json, samples.png and curves.png to {out}")
+    return result
+
+
+def write_samples(path, wanted, n, seed, out, device):
+    """n images, the wanted labels in equal shares, from a one-step generator or a teacher, as .npz, one .png grid, or a folder."""
+    model, info = load_checkpoint(path, device)
+    net, generate = model.settings, one_step(model, info["sigma_init"]) if "sigma_init" in info else many_step(model)
+    if not out:
+        raise BadInput("--sample needs --out: a .npz or .png file, or a folder")
+    for k in wanted or []:
+        if not k.isdigit() or int(k) >= net.num_classes:
+            raise BadInput(f"label {k!r} is out of range: {path} knows the labels 0 to {net.num_classes - 1}")
+    asked = torch.tensor([int(k) for k in wanted] if wanted else range(net.num_classes))
+    labels = asked.repeat_interleave(-(-n // len(asked)))[:n]
+    images, out = draw(generate, labels, net, device, seed, progress="drawing"), Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".npz":
+        np.savez_compressed(out, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    elif out.suffix == ".png":
+        columns = max(c for c in range(1, int(n ** 0.5) + 1) if n % c == 0)
+        to_picture(tile(images, columns)).save(out)
+    else:
+        out.mkdir(exist_ok=True)
+        for i, (image, k) in enumerate(zip(images, labels.tolist())):
+            to_picture(tile(image[None], 1)).save(out / f"{i:06d}-label{k}.png")
+    print(f"{n} images of label {' '.join(map(str, asked.tolist()))} in {out}")
+
+
+COLUMNS = [("UA", "ua", "{:.2%}"), ("as override", "override_share", "{:.2%}"), ("kept accuracy", "kept_accuracy", "{:.2%}"),
+           ("FD", "fd", "{:.1f}"), ("precision", "precision", "{:.3f}"), ("recall", "recall", "{:.3f}"), ("evaluations", "nfe", "{}"),
+           ("images/s", "images_per_second", "{:.0f}")]
+
+
+def table(rows):
+    """Markdown table of metrics, one row per generator."""
+    columns = [c for c in COLUMNS if any(c[1] in r for r in rows.values())]
+    lines = [["", *[title for title, _, _ in columns]]]
+    lines += [[name, *[form.format(row[key]) if key in row else "" for _, key, form in columns]] for name, row in rows.items()]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+# ------------------------------------------------------------------------------------------------------------------- pictures
+
+FORGOTTEN = "#d55e00"  # the colour of the forgotten class in every figure; colour-blind safe, like the blue beside it
+KEPT = "#0072b2"
+
+
+def tile(images, rows):
+    """uint8 (N, C, H, W) -> one picture (rows*H, N/rows*W, C), row by row."""
+    n, c, h, w = images.shape
+    return images.reshape(rows, n // rows, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, n // rows * w, c).numpy()
+
+
+def to_picture(array):
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def samples_figure(panels, classes, forget, path):
+    """{title: uint8 images, sorted by label}: panels one above the other, one row per label, the forgotten rows marked."""
+    plt, K = pyplot(), len(classes)
+    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    for ax, (title, images) in zip(axes[:, 0], panels.items()):
+        h = images.shape[2]
+        picture = tile(images, K)
+        ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+        ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
+        ax.set_xticks([])
+        ax.set_title(title, loc="left")
+        for k in forget:
+            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
+            ax.get_yticklabels()[k].set(color=FORGOTTEN, fontweight="bold")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def curves_figure(log, rows, path):
+    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis."""
+    plt = pyplot()
+    with open(log, newline="") as f:
+        lines = [{k: float(v) for k, v in line.items() if v} for line in csv.DictReader(f)]
+    steps, seconds = [r["step"] for r in lines], [r["seconds"] for r in lines]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    if "ua" in lines[0]:
+        left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
+    left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT, label="accuracy on kept classes")
+    left.axhline(100 * rows["teacher"]["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
+    left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
+    left.legend(loc="lower right")
+    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator, kept classes (900 images)")
+    right.axhline(rows["teacher"]["fd"], color="gray", ls="--", lw=1, label="teacher, 35 evaluations")
+    right.set(xlabel="steps", ylabel="FD (judge's features)")
+    right.legend()
+    for ax in (left, right):
+        upper = ax.secondary_xaxis("top", functions=(lambda x: np.interp(x, steps, seconds), lambda x: np.interp(x, seconds, steps)))
+        upper.set_xlabel("seconds")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", help="folder of a run of sfd_minimal.py")
+    parser.add_argument("--teacher", help="its teacher, if it is no longer where it was")
+    parser.add_argument("--device", default="auto")
+    a = parser.parse_args(argv)
+    if not (Path(a.run) / "generator.pt").exists():
+        raise BadInput(f"{a.run} holds no generator.pt")
+    verdict(a.run, pick_device(a.device), a.teacher)
+
+
+if __name__ == "__main__":
+    command(main)

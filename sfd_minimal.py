@@ -1,0 +1,259 @@
+"""Score Forgetting Distillation (SFD; Chen, Zhang, Zhou, ICLR 2025, arXiv 2409.11219) in one file.
+
+    python sfd_minimal.py --forget 0 --to 1
+
+turns a label-conditional diffusion teacher into a one-step generator that has forgotten a class, without any real image. SFD is
+Score identity Distillation (SiD; Zhou et al., ICML 2024, arXiv 2404.04057) with one change: for the label to forget, the teacher
+is asked about another label. Three networks of one architecture, all started from the teacher's weights:
+
+    teacher    D_phi(x_t; sigma, c)   frozen
+    fake       D_psi(x_t; sigma, c)   keeps learning to denoise the generator's own images: its score is the generator's score
+    generator  x_g = G_theta(z, c) = D_theta(sigma_init z; sigma_init, c),   z ~ N(0, I),   one evaluation
+
+A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score is (D - x_t) / sigma^2. The method, from
+`fake_score_loss` to `sfd_step`, needs torch and three such denoisers, nothing else: copy it from here.
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_device, positive, seed_everything, setting
+from edm_unet import EDMPrecond, load_checkpoint, pack, read_file, save_atomically, unpack
+
+
+# ---------------------------------------------------------------------------------------------------------------- the method
+
+def fake_score_loss(fake, x_g, c, sigma, sigma_data=0.5):
+    """L_psi = w(sigma) ||D_psi(x_t; sigma, c) - x_g||^2,  w = (sigma^2 + sd^2) / (sigma sd)^2.  Per sample (B,), summed over pixels.
+
+    x_g (B, ...) images without gradient, c (B, K) the labels they were generated under, sigma (B, 1, ...) noise levels.
+    """
+    x_t = x_g + sigma * torch.randn_like(x_g)                                                # (B, ...)
+    D_psi = fake(x_t, sigma, c)                                                              # (B, ...)
+    w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2                           # (B, 1, ...)
+    return (w * (D_psi - x_g) ** 2).flatten(1).sum(1)                                        # (B,)
+
+
+def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
+    """S(x_g; c_phi, c_psi) = sum_pixels (D_phi - D_psi) [(D_phi - x_g) - alpha (D_phi - D_psi)] / omega.  Per sample (B,).
+
+    The teacher is asked about c_phi (B, K), the fake score about c_psi (B, K). Gradient flows into x_g (B, ...) directly and
+    through x_t inside both networks. sigma (B, 1, ...) noise levels.
+    """
+    x_t = x_g + sigma * torch.randn_like(x_g)                                                # (B, ...)
+    D_phi = teacher(x_t, sigma, c_phi)                                                       # (B, ...)
+    D_psi = fake(x_t, sigma, c_psi)                                                          # (B, ...)
+    omega = (D_phi - x_g).detach().abs().flatten(1).mean(1).clamp(min=1e-5)                  # (B,)
+    S = (D_phi - D_psi) * ((D_phi - x_g) - alpha * (D_phi - D_psi))                          # (B, ...)
+    return S.flatten(1).sum(1) / omega                                                       # (B,)
+
+
+def draw_labels(batch, override, kept):
+    """Labels for one step. override (K,) maps each label to the one the teacher is asked about: itself if kept, c_o if forgotten,
+    -1 for a fresh draw among `kept` (n,). Returns one-hot c_psi, c_phi (B, K), and forgotten (B,), true where they were overridden."""
+    asked = torch.randint(len(override), (batch,), device=override.device)
+    told = override[asked]
+    told = torch.where(told >= 0, told, kept[torch.randint(len(kept), (batch,), device=kept.device)])
+    one_hot = lambda c: F.one_hot(c, len(override)).float()
+    return one_hot(asked), one_hot(told), override[asked] != asked
+
+
+def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_psi, c_phi, forgotten, s, sigma_data=0.5):
+    """One step of SFD. One batch of the generator's images serves both updates, and kept and forgotten labels share each forward.
+
+    z (B, ...) normal noise; c_psi, c_phi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget.
+    Returns the terms of both losses, detached.
+    """
+    B, per_sample, theta = len(z), (-1,) + (1,) * (z.ndim - 1), list(generator.parameters())
+
+    # Generate: asked for c_f, the generator is still asked for c_f.
+    x_g = generator(s.sigma_init * z, s.sigma_init, c_psi)                                   # (B, ...)  with gradient to theta
+
+    # psi step: the fake score learns the generator's images under the labels they were asked for. x_g is detached: theta stays.
+    sigma = (s.p_mean + 1.2 * torch.randn(B, device=z.device)).exp().view(per_sample)        # ln sigma ~ N(p_mean, 1.2^2)
+    L_psi = fake_score_loss(fake, x_g.detach(), c_psi, sigma, sigma_data).mean()
+    optimizer_psi.zero_grad()
+    L_psi.backward()
+    optimizer_psi.step()
+
+    # theta step: u ~ U[0, 0.8] on EDM's rho = 7 grid between 0.002 and 80, that is sigma from 0.002 to 24.4.
+    u = 0.8 * torch.rand(B, device=z.device)
+    sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))).pow(7).view(per_sample)
+    S = score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, s.alpha)                # (B,)
+    L_keep = (S * ~forgotten).sum() / B      # S(G(z, c);   c_phi = c,   c_psi = c)      SiD on the labels to keep
+    L_forget = (S * forgotten).sum() / B     # S(G(z, c_f); c_phi = c_o, c_psi = c_f)    the score-forgetting term
+    L_theta = L_keep + s.lambda_forget * L_forget
+    gradient = torch.autograd.grad(L_theta, theta)  # with respect to theta alone: phi and psi get none
+    for p, g in zip(theta, gradient):
+        p.grad = g
+    optimizer_theta.step()
+    return {"L_psi": L_psi.detach(), "L_keep": L_keep.detach(), "L_forget": L_forget.detach()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ settings
+
+@dataclass
+class Settings:
+    forget: list = setting(["0"], "labels to forget, or none: plain SiD, the one-step generator that has forgotten nothing")
+    to: list = setting(["random"], "label that overrides the forgotten ones, or one for each, or random: uniform over the kept labels")
+    data: str = setting("mnist", "data set that the teacher was trained on; names the default teacher, judge and folder")
+    teacher: str = setting("", "checkpoint of the teacher (default: teachers/<data>.pt beside this file)")
+    init_from: str = setting("", "start generator and fake score from this checkpoint of an earlier run; the teacher stays the true one")
+    steps: int = setting(1000, "optimizer steps of generator and fake score")
+    batch: int = setting(64, "generated images per step")
+    lr: float = setting(3e-4, "Adam's learning rate for the generator, constant for half the run, then decaying to zero")
+    lr_fake: float = setting(3e-4, "the same for the fake score")
+    alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
+    lambda_forget: float = setting(1.0, "weight of the score-forgetting term; the labels to keep have weight 1")
+    sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
+    p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
+    ema: float = setting(0.99, "decay of the average of the generator's weights, which is what is judged and kept")
+    seed: int = setting(0, "random seed")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    compile: bool = setting(False, "torch.compile the networks: a minute of preparation, then faster steps on a GPU")
+    out: str = setting("", "folder to write to (default: runs/<data>-forget<f>-to<o>); with --sample a .npz, a .png or a folder")
+    resume: bool = setting(False, "continue the run in the folder")
+    overwrite: bool = setting(False, "replace the run in the folder")
+    sample: str = setting("", "train nothing: draw images from this generator.pt or teacher, and write them to --out")
+    label: list = setting(None, "labels to draw with --sample (default: all)")
+    n: int = setting(None, "images to draw with --sample, in all (default: 100)")
+
+    def __post_init__(self):
+        if self.sample:
+            used = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+            if useless := used - {"sample", "label", "n", "seed", "out", "device"}:
+                raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning with --sample")
+        elif self.label is not None or self.n is not None:
+            raise BadInput("--label and --n belong to --sample")
+        if self.n is not None:
+            positive(self, "n")
+        positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init")
+        if not (abs(self.alpha) < float("inf") and 0 <= self.lambda_forget < float("inf") and abs(self.p_mean) < float("inf")):
+            raise BadInput("--alpha, --lambda-forget and --p-mean must be finite, and --lambda-forget not negative")
+        if not 0 <= self.ema < 1:
+            raise BadInput(f"--ema must lie in [0, 1), not {self.ema}")
+
+
+def read_labels(s, K):
+    """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
+    def number(text):
+        if not str(text).isdigit() or int(text) >= K:
+            raise BadInput(f"label {text!r} is out of range: this teacher knows the labels 0 to {K - 1}")
+        return int(text)
+
+    if s.forget == ["none"]:
+        if s.to != ["random"]:
+            raise BadInput("--forget none forgets nothing, so --to has no meaning: leave it out")
+        return [], []
+    forget = [number(f) for f in s.forget]
+    to = [-1] if s.to == ["random"] else [number(t) for t in s.to]
+    if len(set(forget)) < len(forget):
+        raise BadInput(f"--forget names a label twice: {' '.join(s.forget)}")
+    if len(forget) == K:
+        raise BadInput(f"--forget names all {K} labels: at least one must be kept")
+    if len(to) not in (1, len(forget)):
+        raise BadInput(f"--to takes one label, one per forgotten label ({len(forget)}), or random; it got {len(to)}")
+    if set(to) & set(forget):
+        raise BadInput(f"--to {min(set(to) & set(forget))} is itself to be forgotten: override it with a label that is kept")
+    return forget, to * (len(forget) // len(to))
+
+
+# ------------------------------------------------------------------------------------------------------------------- one run
+
+def load_teacher(s, device):
+    """(teacher, its file's other entries, path). BadInput where the file is no teacher of the data set."""
+    path = Path(s.teacher) if s.teacher else Path(__file__).parent / "teachers" / f"{s.data}.pt"
+    if not path.exists():
+        raise BadInput(f"no teacher at {path}: train one with `python train_teacher.py --data {s.data}`, or name one with --teacher")
+    teacher, info = load_checkpoint(path, device)
+    if "sigma_init" in info:
+        raise BadInput(f"{path} is a one-step generator, not a teacher")
+    if info["data"] != s.data:
+        raise BadInput(f"{path} was trained on {info['data']}, not on {s.data}: say --data {info['data']}")
+    return teacher.requires_grad_(False), info, path
+
+
+def initial_weights(s, teacher):
+    """(generator's, fake's) state dicts to start from: the teacher's, or those of an earlier run."""
+    if not s.init_from:
+        return teacher.state_dict(), teacher.state_dict()
+    content = read_file(s.init_from, "denoiser")
+    if "fake" not in content:
+        raise BadInput(f"{s.init_from} holds no fake score: --init-from takes the both.pt of a run, or teachers/{s.data}_sid.pt")
+    generator, fake = unpack(content), unpack({**content, "weights": content["fake"]})
+    if generator.settings != teacher.settings:
+        raise BadInput(f"{s.init_from} is of another network than the teacher")
+    return generator.state_dict(), fake.state_dict()
+
+
+def decay(step, steps):
+    """Factor on both learning rates: 1 for the first half of the run, then linearly to zero."""
+    return min(1.0, 2 * (1 - step / steps))
+
+
+def distil(s, forget, to, teacher, device, probe):
+    """Run SFD; returns (run, average generator, fake). `probe(generator) -> dict` is called now and then and goes to the log."""
+    net, K = teacher.settings, teacher.settings.num_classes
+    generator, average, fake = (EDMPrecond(net).to(device).eval() for _ in range(3))
+    theta_0, psi_0 = initial_weights(s, teacher)
+    generator.load_state_dict(theta_0), average.load_state_dict(theta_0), fake.load_state_dict(psi_0)
+    for model in (generator, average, fake):
+        model.bf16 = teacher.bf16
+    optimizer_theta = torch.optim.Adam(generator.parameters(), s.lr, betas=(0, 0.999), fused=True)
+    optimizer_psi = torch.optim.Adam(fake.parameters(), s.lr_fake, betas=(0, 0.999), fused=True)
+    ema = EMA(generator, average, s.ema)
+    override = torch.arange(K, device=device)
+    override[forget] = torch.tensor(to, dtype=torch.long, device=device)
+    kept = torch.tensor([k for k in range(K) if k not in forget], device=device)
+    if s.compile:
+        for model in (teacher, generator, fake):
+            model.compile()
+
+    run = Run(s.out, s, {"generator": generator, "average": average, "fake": fake, "optimizer_theta": optimizer_theta,
+                         "optimizer_psi": optimizer_psi}, s.resume, s.overwrite)
+    for step in run:
+        for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
+            optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
+        z = torch.randn(s.batch, net.channels, net.resolution, net.resolution, device=device)
+        labels = draw_labels(s.batch, override, kept)
+        terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data)
+        ema.update(step)
+        for name, value in terms.items():
+            if not torch.isfinite(value):
+                raise RunFailed(f"{name} is {value.item()} at step {step + 1}: try a smaller --lr and --lr-fake. "
+                                f"The last good checkpoint is the one in {run.out}, if there is one")
+        if step + 1 in (10, 20, 30, 40) or (step + 1) % 50 == 0 or step + 1 == s.steps:
+            run.history.append({"step": step + 1, "seconds": round(run.elapsed(), 2), **{k: v.item() for k, v in terms.items()}, **probe(average)})
+            run.bar.set_postfix({k: f"{v:.3g}" for k, v in run.history[-1].items() if k in ("ua", "kept_accuracy", "fd")})
+    return run, average, fake
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__.splitlines()[0])
+    device = pick_device(s.device)
+    if s.sample:
+        import evaluate
+        return evaluate.write_samples(s.sample, s.label, s.n or 100, s.seed, s.out, device)
+    teacher, info, teacher_path = load_teacher(s, device)
+    forget, to = read_labels(s, teacher.settings.num_classes)
+    s.out = s.out or f"runs/{s.data}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
+    seed_everything(s.seed)
+
+    import evaluate  # here, so that the method above needs none of it
+    referee = evaluate.Referee(s.data, device, forget, to)
+    print(f"SFD on {device.type}: forget {forget or 'nothing'}" + (f", drawing {' '.join(s.to)} instead" if forget else "")
+          + f"; {s.steps} steps of {s.batch} images; writing to {s.out}")
+    run, G, fake = distil(s, forget, to, teacher, device, lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings))
+
+    extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to, "teacher": str(teacher_path),
+             "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
+    save_atomically({"kind": "denoiser", **pack(G), **extra}, run.out / "generator.pt")
+    save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
+    evaluate.verdict(run.out, device)
+
+
+if __name__ == "__main__":
+    command(main)

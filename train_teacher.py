@@ -1,0 +1,227 @@
+"""Train the two networks that SFD takes as given: a label-conditional EDM teacher, and the judges that say what an image shows.
+
+    python train_teacher.py --data mnist            # the teacher  -> runs/mnist-teacher/
+    python train_teacher.py --data mnist --judge    # both judges  -> runs/mnist-judge/, runs/mnist-judge2/
+"""
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+from torchvision import datasets
+
+from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_device, positive, seed_everything, setting
+from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
+from evaluate import Judge, class_stats, draw, many_step, samples_figure
+
+# What differs from one data set to another: the network, and the noise it is trained on. A folder of images starts from "images".
+TEACHERS = {
+    "mnist": dict(net=NetSettings(patch=4, model_channels=64, channel_mult=(1,), num_blocks=2), p_mean=0.2, flip=False),
+    "cifar10": dict(net=NetSettings(resolution=32, channels=3, model_channels=96, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.1),
+                    p_mean=-1.2, flip=True),
+}
+TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
+TEACHERS["images"] = TEACHERS["cifar10"]
+JUDGES = {  # two architectures: the first guides nothing but the reader, the second confirms it
+    "mnist": [dict(arch="cnn", width=16), dict(arch="resnet", width=16, stem_stride=2)],
+    "cifar10": [dict(arch="resnet", width=64), dict(arch="cnn", width=96)],
+}
+JUDGES["fashion_mnist"] = JUDGES["mnist"]
+JUDGES["images"] = JUDGES["cifar10"]
+
+
+@dataclass
+class Settings:
+    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
+    data_dir: str = setting("data", "where torchvision keeps or downloads the data set")
+    size: int = setting(None, "resize a folder's images to this height and width (default: as they are)")
+    judge: bool = setting(False, "train the judges instead of the teacher")
+    steps: int = setting(8000, "optimizer steps")
+    batch: int = setting(128, "images per step")
+    lr: float = setting(1e-3, "Adam's learning rate, after warm-up and before the cosine decay to zero")
+    warmup: int = setting(200, "steps of linear learning-rate warm-up")
+    ema: float = setting(0.999, "decay of the weight average that is shipped")
+    p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2 (default: the data set's own)")
+    p_std: float = setting(1.2, "standard deviation of ln sigma in training")
+    label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'")
+    seed: int = setting(0, "random seed")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    compile: bool = setting(False, "torch.compile the network")
+    out: str = setting("", "folder to write to (default: runs/<data>-teacher or runs/<data>-judge)")
+    resume: bool = setting(False, "continue the run in the folder")
+    overwrite: bool = setting(False, "replace the run in the folder")
+
+    def __post_init__(self):
+        positive(self, "steps", "batch", "lr", "warmup", "p_std", *(["size"] if self.size is not None else []))
+        if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
+            raise BadInput("--label-drop and --ema must lie in [0, 1)")
+
+
+def load_images(data, data_dir, size, train):
+    """(images uint8 (N, C, H, W), labels int64 (N,), class names). Everything in memory: these data sets are small."""
+    if data in ("mnist", "fashion_mnist", "cifar10"):
+        kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[data]
+        d = kind(data_dir, train=train, download=True)  # looks on the disk first
+        images, labels = torch.as_tensor(np.asarray(d.data)), torch.as_tensor(d.targets)
+        return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous(), labels, list(d.classes)
+    return load_folder(Path(data), size, train)
+
+
+def load_folder(root, size, train):
+    """`load_images` for a folder of class folders. Held out is root/test beside root/train where they exist, else every tenth image."""
+    split = (root / "train").is_dir() and (root / "test").is_dir()
+    try:
+        folder = datasets.ImageFolder(root / ("train" if train else "test") if split else root)
+    except FileNotFoundError as e:
+        raise BadInput(f"{root}: no data set of that name, and no folder of class folders with images in each: {e}") from e
+    if len(folder.classes) < 2:
+        raise BadInput(f"{root} has one class; a label-conditional teacher needs at least two")
+    images, labels = [], []
+    for i, (path, label) in enumerate(folder.samples):
+        if not split and (i % 10 == 0) == train:
+            continue
+        try:
+            with Image.open(path) as image:
+                image = image.convert("RGB")
+        except OSError as e:
+            raise BadInput(f"{path} cannot be read as an image: remove it") from e
+        image = image.resize((size, size), Image.Resampling.LANCZOS) if size else image
+        if images and image.size != images[0].size:
+            raise BadInput(f"{root} mixes image sizes ({images[0].size} and, in {path}, {image.size}): say --size")
+        images.append(image)
+        labels.append(label)
+    if images[0].width != images[0].height:
+        raise BadInput(f"{root}: images of {images[0].size} are not square: say --size")
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), folder.classes
+
+
+def batches(images, labels, batch, flip):
+    """Endless (image in [-1, 1], label) batches, drawn with replacement on the images' own device."""
+    while True:
+        i = torch.randint(len(images), (batch,), device=images.device)
+        x = images[i].float() / 127.5 - 1
+        if flip:
+            mirrored = torch.rand(batch, device=images.device) < 0.5
+            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+        yield x, labels[i]
+
+
+def edm_loss(D, x, sigma, label):
+    """w(sigma) ||D(x + sigma eps; sigma, label) - x||^2, w = (sigma^2 + sd^2) / (sigma sd)^2: Karras et al. 2022, eq. 2. Mean over all."""
+    sd = D.settings.sigma_data
+    weight = (sigma ** 2 + sd ** 2) / (sigma * sd) ** 2
+    return (weight * (D(x + sigma * torch.randn_like(x), sigma, label) - x) ** 2).mean()
+
+
+def rate(step, s):
+    """Learning rate: linear warm-up, then cosine to zero."""
+    warm, progress = min(1.0, (step + 1) / s.warmup), step / s.steps
+    return s.lr * warm * 0.5 * (1 + np.cos(np.pi * progress))
+
+
+def train_teacher(s, device):
+    images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
+    images, labels = images.to(device), labels.to(device)
+    recipe = TEACHERS.get(s.data, TEACHERS["images"])
+    net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
+    p_mean = recipe["p_mean"] if s.p_mean is None else s.p_mean
+
+    model = EDMPrecond(net).to(device)
+    average = EDMPrecond(net).to(device).eval()
+    average.load_state_dict(model.state_dict())
+    model.bf16 = average.bf16 = has_fast_bf16(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.99), fused=True)
+    D, ema = torch.compile(model) if s.compile else model, EMA(model, average, s.ema)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
+          f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}")
+
+    run = Run(s.out, s, {"model": model, "average": average, "optimizer": optimizer}, s.resume, s.overwrite)
+    data, total = batches(images, labels, s.batch, recipe["flip"]), 0.0
+    for step in run:
+        x, c = next(data)
+        label = F.one_hot(c, len(classes)).float() * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
+        u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch  # stratified: less variance
+        sigma = (p_mean + s.p_std * torch.special.ndtri(u)).exp().reshape(-1, 1, 1, 1)
+        loss = edm_loss(D, x, sigma, label)
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, s)
+        optimizer.step()
+        ema.update(step)
+        total += loss.item()
+        if (step + 1) % 100 == 0:
+            if not np.isfinite(total):
+                raise RunFailed(f"the loss is not finite at step {step + 1}; try a smaller --lr (the last checkpoint is at {run.path})")
+            run.history.append({"step": step + 1, "seconds": round(run.seconds, 1), "loss": total / 100})
+            run.bar.set_postfix(loss=f"{total / 100:.4f}")
+            total = 0.0
+
+    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "made_by": dataclasses.asdict(s),
+                     "machine": machine(device), "seconds": run.seconds, **pack(average, half=True)}, Path(s.out) / "teacher.pt")
+    labels = torch.arange(len(classes)).repeat_interleave(20)
+    samples_figure({"teacher, 35 evaluations": draw(many_step(average), labels, net, device, seed=0)}, classes, [], Path(s.out) / "samples.png")
+    print(f"{Path(s.out) / 'teacher.pt'} after {run.seconds:.0f} s; samples in {Path(s.out) / 'samples.png'}")
+
+
+def jitter(x, flip):
+    """Small random shifts, rotations and scalings (and flips where a mirror image is of the same class)."""
+    n = len(x)
+    angle, scale = (torch.rand(2, n, device=x.device) - 0.5) * torch.tensor([[0.4], [0.2]], device=x.device)
+    shift = (torch.rand(n, 2, device=x.device) - 0.5) * 0.3
+    sign = torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0) if flip else 1.0
+    c, si = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
+    theta = torch.stack([torch.stack([c * sign, -si, shift[:, 0]], 1), torch.stack([si * sign, c, shift[:, 1]], 1)], 1)
+    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+
+
+def train_judge(s, device, number):
+    """One judge, saved with the moments of real features that the Frechet distance needs, so that no data is needed later."""
+    images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
+    test_images, test_labels, _ = load_images(s.data, s.data_dir, s.size, train=False)
+    images, labels = images.to(device), labels.to(device)
+    judge = Judge(**JUDGES.get(s.data, JUDGES["images"])[number], resolution=images.shape[2], channels=images.shape[1],
+                  num_classes=len(classes)).to(device)
+    flip = TEACHERS.get(s.data, TEACHERS["images"])["flip"]
+    optimizer = torch.optim.Adam(judge.parameters(), lr=s.lr, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1)
+    run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite)
+    data = batches(images, labels, s.batch, flip=False)
+    for step in run:
+        judge.train()
+        x, c = next(data)
+        loss = F.cross_entropy(judge(jitter(x, flip))[0], c)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if (step + 1) % 100 == 0:
+            run.bar.set_postfix(loss=f"{loss.item():.4f}")
+    train, test = class_stats(judge, images, labels), class_stats(judge, test_images, test_labels, keep=0)
+    accuracy = test["confusion"].diag().sum().item() / test["confusion"].sum().item()
+    save_atomically({"kind": "judge", "data": s.data, "classes": classes, "judge": judge.settings,
+                     "weights": {k: v.cpu() for k, v in judge.state_dict().items()}, "accuracy": accuracy,
+                     "train": train, "test": test, "made_by": dataclasses.asdict(s), "machine": machine(device)},
+                    Path(s.out) / "judge.pt")
+    print(f"{Path(s.out) / 'judge.pt'}: {accuracy:.2%} of {len(test_images)} test images right, after {run.seconds:.0f} s")
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__.splitlines()[0])
+    device = pick_device(s.device)
+    seed_everything(s.seed)
+    name = Path(s.data).name
+    if not s.judge:
+        s.out = s.out or f"runs/{name}-teacher"
+        return train_teacher(s, device)
+    base = s.out or f"runs/{name}-judge"
+    for number, suffix in enumerate(("", "2")):
+        seed_everything(s.seed + number)
+        train_judge(dataclasses.replace(s, out=base + suffix), device, number)
+
+
+if __name__ == "__main__":
+    command(main)
