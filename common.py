@@ -31,24 +31,27 @@ def setting(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
     def error(self, message):
         raise BadInput(f"{message} (--help lists the options)")
 
 
 def parse(cls, argv, description):
     """A settings dataclass from a command line: one option per field, --like-this for like_this. BadInput for anything else."""
-    parser = _Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         name, kind = "--" + f.name.replace("_", "-"), types[f.name]
         if kind is bool:
             parser.add_argument(name, action="store_true", help=f.metadata["help"])
-        elif typing.get_origin(kind) is list:
+        elif kind is tuple:
             parser.add_argument(name, nargs="+", default=f.default, help=f.metadata["help"])
         else:
             parser.add_argument(name, type=kind, default=f.default, help=f.metadata["help"])
-    return cls(**vars(parser.parse_args(argv)))
+    values = vars(parser.parse_args(argv))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def command(main):
@@ -89,7 +92,7 @@ def pick_device(name):
 def machine(device):
     """What a reported number must say of where it was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name", platform.processor())
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "python": platform.python_version(), "system": platform.system()}
 
 
@@ -119,7 +122,7 @@ class Run:
     ends with the same weights, bit for bit on the CPU. `history` is a list of dicts, written to out/log.csv at every save.
     """
 
-    def __init__(self, out, settings, parts, resume, overwrite, save_every=30.0):
+    def __init__(self, out, settings, parts, resume, overwrite, save_every):
         self.out, self.settings, self.parts, self.save_every = Path(out), settings, parts, save_every
         self.path, self.step, self.seconds, self.history = self.out / "checkpoint.pt", 0, 0.0, []
         if resume:
@@ -157,6 +160,10 @@ class Run:
         return self.seconds
 
     def save(self):
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module) and not all(torch.isfinite(v).all() for v in part.state_dict().values()):
+                raise RunFailed(f"weights of {name} are not finite after step {self.step}: try a smaller learning rate. "
+                                f"The last good checkpoint, if there is one, is still at {self.path}")
         save_atomically({"kind": "run", "parts": {k: v.state_dict() for k, v in self.parts.items()}, "step": self.step,
                          "seconds": self.seconds, "history": self.history, "settings": comparable(self.settings),
                          "rng": torch.get_rng_state(),
@@ -197,5 +204,5 @@ class Run:
 
 def comparable(settings):
     """The settings that must not change between a run and its continuation: all but those that only say how to start."""
-    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile"}
+    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every"}
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ignored}

@@ -5,7 +5,6 @@
 An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside it, which is
 the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number comes from those.
 """
-import argparse
 import csv
 import hashlib
 import json
@@ -19,11 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import BadInput, command, machine, pick_device
+from common import BadInput, Parser, command, machine, pick_device, positive
 from edm_unet import heun_sampler, load_checkpoint, read_file, save_atomically
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
-PER_LABEL, PER_FORGOTTEN = 1000, 5000  # images judged for a verdict
+PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
 
 
 # ------------------------------------------------------------------------------------------------------------------ the judge
@@ -229,23 +228,23 @@ class Referee:
         return forgotten | {"kept_accuracy": accuracy[self.kept].mean().item(),
                             "fd": frechet(moments(stats, self.kept), moments(self.reference, self.kept))}
 
-    def known(self, path, generate, net, what):
-        """`measure` of a file that does not change, 1,000 images per label, remembered beside it under the files' fingerprint."""
+    def known(self, path, generate, net, per_label, what):
+        """`measure` of a file that does not change, remembered beside it under the fingerprint of that file and the judges'."""
         memory = Path(path).with_name(Path(path).stem + "_measured.pt")
         fingerprint = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [path, *self.paths])).hexdigest()
         if memory.exists():
             content = read_file(memory, "measured")
-            if content["fingerprint"] == fingerprint:
+            if content["fingerprint"] == fingerprint and content["per_label"] >= per_label:
                 return content["stats"], content["confusion2"]
-        stats, confusion2 = self.measure(generate, net, [PER_LABEL] * net.num_classes, progress=what)
-        save_atomically({"kind": "measured", "fingerprint": fingerprint, "stats": stats, "confusion2": confusion2,
+        stats, confusion2 = self.measure(generate, net, [per_label] * net.num_classes, progress=what)
+        save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label, "stats": stats, "confusion2": confusion2,
                          "machine": machine(self.device)}, memory)
         return stats, confusion2
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole verdict
 
-def verdict(out, device, teacher_file=None):
+def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where there is one.
     Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
     out = Path(out)
@@ -256,16 +255,16 @@ def verdict(out, device, teacher_file=None):
     referee = Referee(info["data"], device, info["forget"], info["to"])
     forget, generate = info["forget"], one_step(generator, info["sigma_init"])
 
-    counts = [PER_FORGOTTEN if k in forget else PER_LABEL for k in range(K)]
+    counts = [5 * per_label if k in forget else per_label for k in range(K)]
     rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
     rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
     sid_path = find(f"{Path(info['data']).name}_sid")
     if forget and sid_path:
         sid, sid_info = load_checkpoint(sid_path, device)
         sid = one_step(sid, sid_info["sigma_init"])
-        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, "judging the un-erased generator, once"))
+        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
         rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000)}
-    rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, "judging the teacher, once"))
+    rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
 
     labels = torch.arange(K).repeat_interleave(20)
     start = time.perf_counter()
@@ -281,8 +280,8 @@ def verdict(out, device, teacher_file=None):
     text = json.dumps(result, indent=1)
     (out / "metrics.json").write_text(text + "\n")
     print(table({name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}))
-    print(f"n = {result['n']} images judged, {PER_FORGOTTEN if forget else PER_LABEL} under each "
-          f"{'forgotten ' if forget else ''}label; FD of held-out real images (its floor): {result['fd_floor']:.2f}")
+    print(f"{result['n']} images of this generator judged ({per_label} per label" + (f", {5 * per_label} per forgotten label" if forget else "")
+          + f"); FD of held-out real images, its floor: {result['fd_floor']:.2f}")
     print(f"trained in {info['seconds']:.0f} s; wrote metrics.json, samples.png and curves.png to {out}")
     return result
 
@@ -393,14 +392,16 @@ def curves_figure(log, rows, path):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run of sfd_minimal.py")
+    parser.add_argument("--per-label", type=int, default=PER_LABEL, help="images judged under each label; five times as many under a forgotten one")
     parser.add_argument("--teacher", help="its teacher, if it is no longer where it was")
     parser.add_argument("--device", default="auto")
     a = parser.parse_args(argv)
+    positive(a, "per_label")
     if not (Path(a.run) / "generator.pt").exists():
         raise BadInput(f"{a.run} holds no generator.pt")
-    verdict(a.run, pick_device(a.device), a.teacher)
+    verdict(a.run, pick_device(a.device), a.per_label, a.teacher)
 
 
 if __name__ == "__main__":

@@ -97,8 +97,8 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_psi,
 
 @dataclass
 class Settings:
-    forget: list = setting(["0"], "labels to forget, or none: plain SiD, the one-step generator that has forgotten nothing")
-    to: list = setting(["random"], "label that overrides the forgotten ones, or one for each, or random: uniform over the kept labels")
+    forget: tuple = setting(("0",), "labels to forget, or none: plain SiD, the one-step generator that has forgotten nothing")
+    to: tuple = setting(("random",), "label that overrides the forgotten ones, or one for each, or random: uniform over the kept labels")
     data: str = setting("mnist", "data set that the teacher was trained on; names the default teacher, judge and folder")
     teacher: str = setting("", "checkpoint of the teacher (default: teachers/<data>.pt beside this file)")
     init_from: str = setting("", "start generator and fake score from this checkpoint of an earlier run; the teacher stays the true one")
@@ -111,14 +111,16 @@ class Settings:
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
     ema: float = setting(0.99, "decay of the average of the generator's weights, which is what is judged and kept")
+    per_label: int = setting(1000, "images judged under each label at the end; five times as many under a forgotten one")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the networks: a minute of preparation, then faster steps on a GPU")
     out: str = setting("", "folder to write to (default: runs/<data>-forget<f>-to<o>); with --sample a .npz, a .png or a folder")
+    save_every: float = setting(30.0, "seconds between checkpoints")
     resume: bool = setting(False, "continue the run in the folder")
     overwrite: bool = setting(False, "replace the run in the folder")
     sample: str = setting("", "train nothing: draw images from this generator.pt or teacher, and write them to --out")
-    label: list = setting(None, "labels to draw with --sample (default: all)")
+    label: tuple = setting(None, "labels to draw with --sample (default: all)")
     n: int = setting(None, "images to draw with --sample, in all (default: 100)")
 
     def __post_init__(self):
@@ -130,7 +132,7 @@ class Settings:
             raise BadInput("--label and --n belong to --sample")
         if self.n is not None:
             positive(self, "n")
-        positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init")
+        positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init", "per_label")
         if not (abs(self.alpha) < float("inf") and 0 <= self.lambda_forget < float("inf") and abs(self.p_mean) < float("inf")):
             raise BadInput("--alpha, --lambda-forget and --p-mean must be finite, and --lambda-forget not negative")
         if not 0 <= self.ema < 1:
@@ -144,12 +146,12 @@ def read_labels(s, K):
             raise BadInput(f"label {text!r} is out of range: this teacher knows the labels 0 to {K - 1}")
         return int(text)
 
-    if s.forget == ["none"]:
-        if s.to != ["random"]:
+    if s.forget == ("none",):
+        if s.to != ("random",):
             raise BadInput("--forget none forgets nothing, so --to has no meaning: leave it out")
         return [], []
     forget = [number(f) for f in s.forget]
-    to = [-1] if s.to == ["random"] else [number(t) for t in s.to]
+    to = [-1] if s.to == ("random",) else [number(t) for t in s.to]
     if len(set(forget)) < len(forget):
         raise BadInput(f"--forget names a label twice: {' '.join(s.forget)}")
     if len(forget) == K:
@@ -213,7 +215,7 @@ def distil(s, forget, to, teacher, device, probe):
             model.compile()
 
     run = Run(s.out, s, {"generator": generator, "average": average, "fake": fake, "optimizer_theta": optimizer_theta,
-                         "optimizer_psi": optimizer_psi}, s.resume, s.overwrite)
+                         "optimizer_psi": optimizer_psi}, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
@@ -252,7 +254,7 @@ def main(argv):
              "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
     save_atomically({"kind": "denoiser", **pack(G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
-    evaluate.verdict(run.out, device)
+    evaluate.verdict(run.out, device, s.per_label)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, samples_figure
 
-# What differs from one data set to another: the network, and the noise it is trained on. A folder of images starts from "images".
+# What differs from one data set to another: the network, the noise it is trained on, and how long. A folder of images starts from "images".
 TEACHERS = {
-    "mnist": dict(net=NetSettings(patch=4, model_channels=64, channel_mult=(1,), num_blocks=2), p_mean=0.2, flip=False),
+    "mnist": dict(net=NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1), p_mean=0.2, flip=False, steps=11_000, batch=64, lr=2e-3),
     "cifar10": dict(net=NetSettings(resolution=32, channels=3, model_channels=96, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.1),
-                    p_mean=-1.2, flip=True),
+                    p_mean=-1.2, flip=True, steps=60_000, batch=512, lr=1e-3),
 }
 TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
 TEACHERS["images"] = TEACHERS["cifar10"]
 JUDGES = {  # two architectures: the first guides nothing but the reader, the second confirms it
-    "mnist": [dict(arch="cnn", width=16), dict(arch="resnet", width=16, stem_stride=2)],
-    "cifar10": [dict(arch="resnet", width=64), dict(arch="cnn", width=96)],
+    "mnist": dict(nets=[dict(arch="cnn", width=16), dict(arch="resnet", width=16, stem_stride=2)], steps=4000, batch=128, lr=4e-3),
+    "cifar10": dict(nets=[dict(arch="resnet", width=64), dict(arch="cnn", width=96)], steps=12_000, batch=256, lr=4e-3),
 }
 JUDGES["fashion_mnist"] = JUDGES["mnist"]
 JUDGES["images"] = JUDGES["cifar10"]
@@ -39,22 +39,27 @@ class Settings:
     data_dir: str = setting("data", "where torchvision keeps or downloads the data set")
     size: int = setting(None, "resize a folder's images to this height and width (default: as they are)")
     judge: bool = setting(False, "train the judges instead of the teacher")
-    steps: int = setting(8000, "optimizer steps")
-    batch: int = setting(128, "images per step")
-    lr: float = setting(1e-3, "Adam's learning rate, after warm-up and before the cosine decay to zero")
+    steps: int = setting(None, "optimizer steps (default, like those of batch, lr and p_mean: the data set's recipe above)")
+    batch: int = setting(None, "images per step")
+    lr: float = setting(None, "Adam's learning rate, after warm-up and before the cosine decay to zero")
     warmup: int = setting(200, "steps of linear learning-rate warm-up")
     ema: float = setting(0.999, "decay of the weight average that is shipped")
-    p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2 (default: the data set's own)")
+    p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
     p_std: float = setting(1.2, "standard deviation of ln sigma in training")
     label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the network")
     out: str = setting("", "folder to write to (default: runs/<data>-teacher or runs/<data>-judge)")
+    save_every: float = setting(30.0, "seconds between checkpoints")
     resume: bool = setting(False, "continue the run in the folder")
     overwrite: bool = setting(False, "replace the run in the folder")
 
     def __post_init__(self):
+        recipe = (JUDGES if self.judge else TEACHERS).get(self.data) or (JUDGES if self.judge else TEACHERS)["images"]
+        for name in ("steps", "batch", "lr", "p_mean"):
+            if getattr(self, name) is None:
+                setattr(self, name, recipe.get(name))
         positive(self, "steps", "batch", "lr", "warmup", "p_std", *(["size"] if self.size is not None else []))
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
             raise BadInput("--label-drop and --ema must lie in [0, 1)")
@@ -127,8 +132,6 @@ def train_teacher(s, device):
     images, labels = images.to(device), labels.to(device)
     recipe = TEACHERS.get(s.data, TEACHERS["images"])
     net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
-    p_mean = recipe["p_mean"] if s.p_mean is None else s.p_mean
-
     model = EDMPrecond(net).to(device)
     average = EDMPrecond(net).to(device).eval()
     average.load_state_dict(model.state_dict())
@@ -138,13 +141,13 @@ def train_teacher(s, device):
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}, "
           f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}")
 
-    run = Run(s.out, s, {"model": model, "average": average, "optimizer": optimizer}, s.resume, s.overwrite)
+    run = Run(s.out, s, {"model": model, "average": average, "optimizer": optimizer}, s.resume, s.overwrite, s.save_every)
     data, total = batches(images, labels, s.batch, recipe["flip"]), 0.0
     for step in run:
         x, c = next(data)
         label = F.one_hot(c, len(classes)).float() * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
         u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch  # stratified: less variance
-        sigma = (p_mean + s.p_std * torch.special.ndtri(u)).exp().reshape(-1, 1, 1, 1)
+        sigma = (s.p_mean + s.p_std * torch.special.ndtri(u)).exp().reshape(-1, 1, 1, 1)
         loss = edm_loss(D, x, sigma, label)
         optimizer.zero_grad()
         loss.backward()
@@ -183,12 +186,12 @@ def train_judge(s, device, number):
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     test_images, test_labels, _ = load_images(s.data, s.data_dir, s.size, train=False)
     images, labels = images.to(device), labels.to(device)
-    judge = Judge(**JUDGES.get(s.data, JUDGES["images"])[number], resolution=images.shape[2], channels=images.shape[1],
+    judge = Judge(**JUDGES.get(s.data, JUDGES["images"])["nets"][number], resolution=images.shape[2], channels=images.shape[1],
                   num_classes=len(classes)).to(device)
     flip = TEACHERS.get(s.data, TEACHERS["images"])["flip"]
     optimizer = torch.optim.Adam(judge.parameters(), lr=s.lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1)
-    run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite)
+    run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite, s.save_every)
     data = batches(images, labels, s.batch, flip=False)
     for step in run:
         judge.train()
@@ -200,11 +203,13 @@ def train_judge(s, device, number):
         schedule.step()
         if (step + 1) % 100 == 0:
             run.bar.set_postfix(loss=f"{loss.item():.4f}")
-    train, test = class_stats(judge, images, labels), class_stats(judge, test_images, test_labels, keep=0)
+    judge.half().float()  # what is measured is what is saved
+    test = class_stats(judge, test_images, test_labels, keep=0)
+    reference = {"train": class_stats(judge, images, labels), "test": test} if number == 0 else {}
     accuracy = test["confusion"].diag().sum().item() / test["confusion"].sum().item()
     save_atomically({"kind": "judge", "data": s.data, "classes": classes, "judge": judge.settings,
-                     "weights": {k: v.cpu() for k, v in judge.state_dict().items()}, "accuracy": accuracy,
-                     "train": train, "test": test, "made_by": dataclasses.asdict(s), "machine": machine(device)},
+                     "weights": {k: v.half().cpu() if v.is_floating_point() else v.cpu() for k, v in judge.state_dict().items()}, "accuracy": accuracy,
+                     **reference, "made_by": dataclasses.asdict(s), "machine": machine(device)},
                     Path(s.out) / "judge.pt")
     print(f"{Path(s.out) / 'judge.pt'}: {accuracy:.2%} of {len(test_images)} test images right, after {run.seconds:.0f} s")
 

@@ -1,0 +1,41 @@
+"""Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra."""
+import math
+
+import torch
+
+
+class Gaussians:
+    """p(x | k) = N(means[k], covs[k]) in D dimensions, all labels equally likely. Called like every denoiser of the project:
+    D(x, sigma, label) = E[x_0 | x_0 + sigma eps = x], under a one-hot label or, where the label is zero, under the whole mixture."""
+
+    def __init__(self, means, covs):
+        self.means, self.covs = means, covs
+
+    def parts(self, x, sigma):
+        """Per label: the posterior mean (B, K, D) and ln p(x; sigma | k) (B, K)."""
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1, 1, 1)
+        noisy = self.covs + sigma ** 2 * torch.eye(x.shape[1], dtype=x.dtype)                   # (B or 1, K, D, D)
+        offset = (x[:, None] - self.means)[..., None]                                           # (B, K, D, 1)
+        whitened = torch.linalg.inv(noisy) @ offset
+        log_p = -0.5 * ((offset * whitened).sum((-1, -2)) + torch.linalg.slogdet(2 * math.pi * noisy)[1])
+        return self.means + (self.covs @ whitened)[..., 0], log_p
+
+    def __call__(self, x, sigma, label):
+        means, log_p = self.parts(x, sigma)
+        nothing = label.sum(1, keepdim=True) == 0
+        weights = torch.where(nothing, log_p.softmax(1), label.to(x.dtype))
+        return (weights[..., None] * means).sum(1)
+
+    def sample(self, k):
+        """One draw for each label number in k (B,)."""
+        eps = torch.randn(len(k), self.means.shape[1], 1, dtype=self.means.dtype)
+        return self.means[k] + (torch.linalg.cholesky(self.covs)[k] @ eps)[..., 0]
+
+
+def ring(labels=5, radius=2.0, dtype=torch.float64):
+    """Labelled Gaussians on a ring, each with an ellipse of its own."""
+    angle = torch.arange(labels, dtype=dtype) * 2 * math.pi / labels
+    means = radius * torch.stack([angle.cos(), angle.sin()], 1)
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
+    widths = torch.stack([0.3 + 0.1 * torch.arange(labels, dtype=dtype) / labels, torch.full((labels,), 0.2, dtype=dtype)], 1)
+    return Gaussians(means, turn @ torch.diag_embed(widths ** 2) @ turn.mT)

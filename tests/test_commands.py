@@ -1,0 +1,97 @@
+"""Each command as a user would run it, at a tiny size, from the shipped teacher."""
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT, program
+
+
+def run(*command, cwd, **kw):
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, **kw)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The main command with torchvision unimportable and no sockets: SFD needs neither data nor a network."""
+    folder = tmp_path_factory.mktemp("a user")
+    script = folder / "offline.py"
+    script.write_text("""
+import runpy, socket, sys
+
+class NoTorchvision:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            raise ImportError("torchvision is forbidden here")
+
+def forbidden(*args, **kw):
+    raise OSError("sockets are forbidden here")
+
+sys.meta_path.insert(0, NoTorchvision())
+socket.socket.connect = socket.create_connection = forbidden
+del sys.argv[0]
+sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+""")
+    out = run(sys.executable, script, ROOT / "sfd_minimal.py", "--forget", 0, "--to", 1, "--steps", 3, "--batch", 8, "--per-label", 4, cwd=folder)
+    return folder / "runs" / "mnist-forget0-to1", out
+
+
+def test_main_command_writes_what_it_promises(finished):
+    folder, out = finished
+    assert {p.name for p in folder.iterdir()} == {"generator.pt", "both.pt", "checkpoint.pt", "samples.png", "curves.png", "log.csv", "metrics.json"}
+    assert "teacher" in out and "this generator" in out and "kept accuracy" in out
+    m = json.loads((folder / "metrics.json").read_text())
+    for key in ("ua", "override_share", "kept_accuracy", "fd", "fd_floor", "fd_override", "precision", "recall", "nfe", "images_per_second", "n"):
+        assert key in m and key in m["teacher"], key
+    assert m["nfe"] == 1 and m["teacher"]["nfe"] == 35 and m["n"] == 9 * 4 + 5 * 4
+    assert len(m["per_class_accuracy"]) == 10 and m["settings"]["steps"] == 3 and m["machine"]["torch"] and m["seconds"] > 0
+    with open(folder / "log.csv", newline="") as f:
+        assert [row["step"] for row in csv.DictReader(f)] == ["3"]
+
+
+def test_generator_file_holds_the_generator_alone(finished):
+    import torch
+    content = torch.load(finished[0] / "generator.pt", weights_only=True)
+    assert "fake" not in content and content["sigma_init"] == 2.5 and content["forget"] == [0]
+
+
+def test_evaluate_alone_gives_the_same_numbers(finished):
+    folder, _ = finished
+    before = json.loads((folder / "metrics.json").read_text())
+    out = run(*program("evaluate.py"), folder.relative_to(folder.parent.parent), "--per-label", 4, cwd=folder.parent.parent)
+    after = json.loads((folder / "metrics.json").read_text())
+    assert "this generator" in out
+    for key in ("ua", "kept_accuracy", "fd", "fd_override", "precision", "recall", "per_class_accuracy"):
+        assert before[key] == pytest.approx(after[key]), key
+
+
+def test_samples_in_every_form(finished):
+    folder, _ = finished
+    cwd = folder.parent.parent
+    common = (*program("sfd_minimal.py"), "--sample", folder / "generator.pt", "--label", 3, 5, "--n", 6, "--seed", 7, "--out")
+    run(*common, "some images.npz", cwd=cwd)
+    data = np.load(cwd / "some images.npz")
+    assert data["images"].shape == (6, 28, 28, 1) and data["images"].dtype == np.uint8 and data["labels"].tolist() == [3, 3, 3, 5, 5, 5]
+    run(*common, "grid.png", cwd=cwd)
+    assert Image.open(cwd / "grid.png").size[0] * Image.open(cwd / "grid.png").size[1] == 6 * 28 * 28
+    run(*common, "folder", cwd=cwd)
+    files = sorted((cwd / "folder").iterdir())
+    assert len(files) == 6 and np.array_equal(np.asarray(Image.open(files[4])), data["images"][4, :, :, 0])
+
+
+def test_several_labels_random_and_two_stages(tiny, tmp_path):
+    base = (*program("sfd_minimal.py"), "--steps", 2, "--batch", 8, "--per-label", 2, "--teacher", tiny)
+    run(*base, "--forget", "none", cwd=tmp_path)
+    assert (tmp_path / "runs" / "mnist-sid" / "metrics.json").exists()
+    run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", cwd=tmp_path)
+    m = json.loads((tmp_path / "runs" / "mnist-forget0-1-to2-3" / "metrics.json").read_text())
+    assert m["forget"] == [0, 1] and m["to"] == [2, 3]
+    run(*base, "--forget", 4, cwd=tmp_path)
+    assert (tmp_path / "runs" / "mnist-forget4-torandom" / "metrics.json").exists()

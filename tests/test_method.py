@@ -1,0 +1,204 @@
+"""The lines that make SFD, against independent computations; and against themselves with a line broken, which must be noticed."""
+import copy
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import sfd_minimal
+from closed_form import ring
+
+SOURCE = Path(sfd_minimal.__file__).read_text()
+TRUTH = ring()
+SETTINGS = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.2, lambda_forget=0.7)
+
+
+class Linear(torch.nn.Module):
+    """The smallest denoiser with weights: D = A x + B label + s sigma, in float64."""
+
+    def __init__(self, seed):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.A, self.B, self.s = (torch.nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64) * 0.3) for shape in ((2, 2), (5, 2), (2,)))
+        self.labels = []
+
+    def forward(self, x, sigma, label):
+        self.labels.append(label.clone())
+        return x @ self.A + label.double() @ self.B + torch.as_tensor(sigma, dtype=torch.float64) * self.s
+
+
+def independent_S(teacher, fake, x_g, c_phi, c_psi, sigma, eps, alpha, omega=None):
+    """The formula of the paper, term by term, for one sample at a time and with the algebra of the design: S omega = (D_phi - D_psi).
+    (D_psi - x_g) + (1 - alpha) ||D_phi - D_psi||^2."""
+    out, omegas = [], []
+    for i in range(len(x_g)):
+        x_t = x_g[i:i + 1] + sigma[i] * eps[i:i + 1]
+        phi, psi = teacher(x_t, sigma[i:i + 1], c_phi[i:i + 1])[0], fake(x_t, sigma[i:i + 1], c_psi[i:i + 1])[0]
+        w = max(sum(abs((phi - x_g[i]).tolist()[j]) for j in range(len(phi))) / len(phi), 1e-5) if omega is None else omega[i]
+        omegas.append(w)
+        d = phi - psi
+        out.append((torch.dot(d, psi - x_g[i]) + (1 - alpha) * torch.dot(d, d)) / w)
+    return torch.stack(out), omegas
+
+
+def case(B=6):
+    g = torch.Generator().manual_seed(3)
+    x_g = torch.randn(B, 2, generator=g, dtype=torch.float64)
+    c_phi, c_psi = (torch.eye(5)[torch.randint(5, (B,), generator=g)] for _ in range(2))
+    sigma = torch.rand(B, 1, generator=g, dtype=torch.float64) * 3 + 0.1
+    torch.manual_seed(11)
+    eps = torch.randn_like(x_g)
+    return x_g, c_phi, c_psi, sigma, eps
+
+
+def check_value_and_gradient(sfd):
+    """S and dS/dx_g against finite differences of the independent formula, omega held fixed: that is what 'detached' means."""
+    x_g, c_phi, c_psi, sigma, eps = case()
+    fake = Linear(1)
+    for alpha in (1.0, 1.2, 0.5):
+        torch.manual_seed(11)
+        x = x_g.clone().requires_grad_()
+        S = sfd.score_identity_loss(TRUTH, fake, x, c_phi, c_psi, sigma, alpha)
+        want, omega = independent_S(TRUTH, fake, x_g, c_phi, c_psi, sigma, eps, alpha)
+        assert torch.allclose(S, want, rtol=1e-9), "value of S"
+        gradient, = torch.autograd.grad(S.sum(), x)
+        h = 1e-6
+        for j in range(2):
+            step = torch.zeros_like(x_g)
+            step[:, j] = h
+            up, down = (independent_S(TRUTH, fake, x_g + d, c_phi, c_psi, sigma, eps, alpha, omega)[0] for d in (step, -step))
+            assert torch.allclose(gradient[:, j], (up - down) / (2 * h), rtol=1e-5, atol=1e-7), "gradient of S in x_g"
+
+
+def check_fake_loss(sfd):
+    """L_psi against the formula, and minimal at the true denoiser of the images it sees."""
+    x_g, _, c, sigma, eps = case()
+    fake, sd = Linear(1), 0.5
+    torch.manual_seed(11)
+    got = sfd.fake_score_loss(fake, x_g, c, sigma, sd)
+    D = fake(x_g + sigma * eps, sigma, c)
+    want = torch.stack([(sigma[i, 0] ** 2 + sd ** 2) / (sigma[i, 0] * sd) ** 2 * ((D[i] - x_g[i]) ** 2).sum() for i in range(len(x_g))])
+    assert torch.allclose(got, want, rtol=1e-12), "value of L_psi"
+
+    torch.manual_seed(0)
+    k = torch.randint(5, (20_000,))
+    x, label, sigma = TRUTH.sample(k), torch.eye(5)[k], (torch.randn(20_000, 1, dtype=torch.float64) * 1.2).exp()
+
+    def loss(D):
+        torch.manual_seed(1)
+        return sfd.fake_score_loss(D, x, label, sigma).mean().item()
+
+    best = loss(TRUTH)
+    for name, worse in {"shifted": lambda *a: TRUTH(*a) + 0.05, "scaled": lambda *a: 1.03 * TRUTH(*a), "unlabelled": lambda x, s, c: TRUTH(x, s, 0 * c),
+                        "rolled labels": lambda x, s, c: TRUTH(x, s, c.roll(1, 1)), "wrong sigma": lambda x, s, c: TRUTH(x, 1.2 * s, c)}.items():
+        assert loss(worse) > best, f"{name} denoiser beats the true one"
+
+
+def one_step(sfd, lambda_forget=0.7):
+    """One sfd_step on tiny networks; everything that a check may want to look at."""
+    torch.manual_seed(5)
+    generator, fake, teacher = Linear(1), Linear(2), Linear(3)
+    before = copy.deepcopy((generator.state_dict(), fake.state_dict(), teacher.state_dict()))
+    theta, psi = torch.optim.SGD(generator.parameters(), 1e-2), torch.optim.SGD(fake.parameters(), 1e-2)
+    override = torch.tensor([3, 1, 2, 3, 4])
+    c_psi, c_phi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]))
+    z = torch.randn(32, 2, dtype=torch.float64)
+    settings = types.SimpleNamespace(**{**vars(SETTINGS), "lambda_forget": lambda_forget})
+    terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_psi, c_phi, forgotten, settings)
+    return types.SimpleNamespace(**locals())
+
+
+def check_labels(sfd):
+    """Who is asked about what: the teacher about c_o, fake and generator about c_f, everyone about c where c is kept."""
+    r = one_step(sfd)
+    asked, told = r.c_psi.argmax(1), r.c_phi.argmax(1)
+    assert torch.equal(told[asked == 0], torch.full_like(told[asked == 0], 3)) and (asked == 0).any()
+    assert torch.equal(told[asked != 0], asked[asked != 0]) and torch.equal(r.forgotten, asked == 0)
+    assert all(torch.equal(c, r.c_psi) for c in r.generator.labels) and len(r.generator.labels) == 1
+    assert all(torch.equal(c, r.c_psi) for c in r.fake.labels) and len(r.fake.labels) == 2
+    assert all(torch.equal(c, r.c_phi) for c in r.teacher.labels) and len(r.teacher.labels) == 1
+
+
+def check_stop_gradients(sfd):
+    """The teacher never moves and gets no gradient; psi gets none in the theta step, theta none in the psi step."""
+    r = one_step(sfd)
+    for name, value in r.teacher.state_dict().items():
+        assert torch.equal(value, r.before[2][name]), "the teacher moved"
+    assert all(p.grad is None for p in r.teacher.parameters()), "gradient reached the teacher"
+
+    torch.manual_seed(5)  # the psi step alone, redone by hand: what the step left in fake.grad must be its gradient and nothing else
+    draws = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]))
+    z = torch.randn(32, 2, dtype=torch.float64)
+    generator, fake = Linear(1), Linear(2)
+    with torch.no_grad():
+        x_g = generator(2.5 * z, 2.5, draws[0])
+    sigma = (1.2 * torch.randn(32)).exp().view(-1, 1)
+    x_t = x_g + sigma * torch.randn_like(x_g)
+    L = (((sigma ** 2 + 0.25) / (0.5 * sigma) ** 2) * (fake(x_t, sigma, draws[0]) - x_g) ** 2).sum(1).mean()
+    L.backward()
+    for p, q in zip(fake.parameters(), r.fake.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-6), "psi's gradient is not that of L_psi alone"
+    with torch.no_grad():
+        for p in fake.parameters():
+            p -= 1e-2 * p.grad
+
+    u = 0.8 * torch.rand(32)  # the theta step by hand, after psi's update
+    sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+    eps = torch.randn_like(x_g)
+    x = generator(2.5 * z, 2.5, draws[0])
+    S, _ = independent_S(Linear(3), fake, x, draws[1], draws[0], sigma.view(-1, 1), eps, 1.2)
+    L = (S * torch.where(r.forgotten, 0.7, 1.0)).mean()
+    for p, q in zip(torch.autograd.grad(L, list(generator.parameters())), r.generator.parameters()):
+        assert torch.allclose(p, q.grad, rtol=1e-5), "theta's gradient is not that of L_theta alone"
+    assert torch.allclose(r.terms["L_keep"] + 0.7 * r.terms["L_forget"], L), "L_theta is not the sum of its two terms"
+
+
+def check_omega_floor(sfd):
+    """Where the teacher returns x_g itself, omega is its floor, 1e-5."""
+    x_g = torch.ones(2, 3, 4, 4, dtype=torch.float64)
+    S = sfd.score_identity_loss(lambda *_: x_g, lambda *_: x_g - 0.5, x_g, None, None, torch.ones(2, 1, 1, 1), alpha=1.2)
+    assert torch.allclose(S, torch.full((2,), -1.2 * 0.25 * 48 / 1e-5, dtype=torch.float64))
+
+
+CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_stop_gradients, check_omega_floor]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
+def test_the_method(check):
+    check(sfd_minimal)
+
+
+MUTATIONS = {  # name: (line as it is, line broken)
+    "teacher and fake swapped": ("S = score_identity_loss(teacher, fake,", "S = score_identity_loss(fake, teacher,"),
+    "D_phi and D_psi swapped": ("S = (D_phi - D_psi)", "S = (D_psi - D_phi)"),
+    "c_f in the teacher's label": ("x_g, c_phi, c_psi, sigma, s.alpha)", "x_g, c_psi, c_psi, sigma, s.alpha)"),
+    "omega not detached": ("(D_phi - x_g).detach().abs()", "(D_phi - x_g).abs()"),
+    "omega not floored": (".mean(1).clamp(min=1e-5)", ".mean(1)"),
+    "omega summed": (".abs().flatten(1).mean(1)", ".abs().flatten(1).sum(1)"),
+    "sign of alpha flipped": ("- alpha * (D_phi - D_psi)", "+ alpha * (D_phi - D_psi)"),
+    "psi fed the override label": ("x_g, c_phi, c_psi, sigma, s.alpha)", "x_g, c_phi, c_phi, sigma, s.alpha)"),
+    "psi trained on the override label": ("x_g.detach(), c_psi, sigma", "x_g.detach(), c_phi, sigma"),
+    "x_g not detached in the psi step": ("fake_score_loss(fake, x_g.detach(),", "fake_score_loss(fake, x_g,"),
+    "gradient left in psi and phi": ("gradient = torch.autograd.grad(L_theta, theta)", "L_theta.backward(); gradient = [p.grad for p in theta]"),
+    "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
+    "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
+    "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
+    "override ignored": ("one_hot(asked), one_hot(told),", "one_hot(asked), one_hot(asked),"),
+}
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_broken_line_is_noticed(name):
+    line, broken = MUTATIONS[name]
+    assert SOURCE.count(line) == 1, f"the line to break is not there once: {line}"
+    module = types.ModuleType("mutant")
+    module.__file__ = sfd_minimal.__file__
+    exec(compile(SOURCE.replace(line, broken), "mutant", "exec"), module.__dict__)
+    noticed = []
+    for check in CHECKS:
+        try:
+            check(module)
+        except (AssertionError, RuntimeError) as e:
+            noticed.append(f"{check.__name__}: {e}")
+    assert noticed, f"no check noticed: {name}"

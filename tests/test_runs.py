@@ -1,0 +1,167 @@
+"""Runs that survive: SIGKILL, Ctrl-C, a full disk, wrong settings; and the same numbers for the same seed."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+import common
+import edm_unet
+import sfd_minimal
+from conftest import ROOT, program
+
+QUICK = ["--batch", "4", "--per-label", "2"]
+
+
+def sfd(tiny, out, *more, **kw):
+    return subprocess.run([*program("sfd_minimal.py"), "--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(out), *QUICK, *more],
+                          capture_output=True, text=True, **kw)
+
+
+def weights(out):
+    saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    return saved["step"], saved["parts"]
+
+
+def assert_same(a, b):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for k in a:
+            assert_same(a[k], b[k])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+KILLER = textwrap.dedent("""
+    import os, random, signal, sys, time
+    import sfd_minimal, evaluate, common
+    argv, kills = sys.argv[2:], int(sys.argv[1])
+    random.seed(0)
+    for i in range(kills + 1):
+        pid = os.fork()  # a child with torch imported and no thread started yet: twenty lives in the time of two imports
+        if pid == 0:
+            if os.path.exists(os.path.join(argv[argv.index("--out") + 1], "checkpoint.pt")):
+                argv.append("--resume")
+            sys.argv = ["sfd_minimal.py", *argv, *([] if "--resume" in argv else ["--overwrite"])]
+            common.command(sfd_minimal.main)
+            os._exit(0)
+        if i < kills:
+            time.sleep(random.uniform(0.15, 0.8))
+            os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        print("life", i, "ended with", status, flush=True)
+    sys.exit(os.waitstatus_to_exitcode(status))
+""")
+
+
+def test_twenty_kills_change_no_bit(tiny, tmp_path):
+    steps = ["--steps", "120", "--save-every", "0.02"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed often"
+    assert sfd(tiny, whole, *steps).returncode == 0
+    arguments = ["--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(killed), *QUICK, *steps]
+    done = subprocess.run([sys.executable, "-c", KILLER, "20", *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("ended with 9") >= 10, "too few of the kills hit a living run: " + done.stdout
+    (step_a, parts_a), (step_b, parts_b) = weights(whole), weights(killed)
+    assert step_a == step_b == 120
+    assert_same(parts_a, parts_b)
+
+
+def test_same_seed_same_metrics(tiny, tmp_path):
+    results = []
+    for name in "ab":
+        assert sfd(tiny, tmp_path / name, "--steps", "3").returncode == 0
+        text = (tmp_path / name / "metrics.json").read_text()
+        results.append(re.sub(r'"(seconds|images_per_second|out)": [^,\n]*', "", text))
+    assert results[0] == results[1]
+    assert sfd(tiny, tmp_path / "c", "--steps", "3", "--seed", "1").returncode == 0
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["fd"] != json.loads((tmp_path / "a" / "metrics.json").read_text())["fd"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
+    out = tmp_path / "run"
+    command = [*program("sfd_minimal.py"), "--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "100000", "--save-every", "0.1"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if (out / "checkpoint.pt").exists():
+            break
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "--resume" in err and "Traceback" not in err
+    assert weights(out)[0] > 0
+
+
+def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
+    out = tmp_path / "run"
+    assert sfd(tiny, out, "--steps", "2").returncode == 0
+    before = weights(out)
+    limit = (out / "checkpoint.pt").stat().st_size // 2
+    code = f"import resource, sys, common, sfd_minimal; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); common.command(sfd_minimal.main)"
+    (out / "metrics.json").unlink()
+    edm_unet.save_atomically(torch.load(out / "checkpoint.pt", weights_only=True) | {"step": 1}, out / "checkpoint.pt")
+    done = subprocess.run([sys.executable, "-c", code, "--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "2", "--resume"],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 1 and "could not write" in done.stderr and "unharmed" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert_same(weights(out)[1], before[1])
+    assert not list(out.glob("*.partial"))
+
+
+def test_resume_with_other_settings_is_refused(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    base = ["--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "2"]
+    sfd_minimal.main(base)
+    with pytest.raises(common.BadInput, match="alpha was 1.0 and is 1.2.*lr was"):
+        sfd_minimal.main([*base, "--resume", "--alpha", "1.2", "--lr", "1e-5"])
+    with pytest.raises(common.BadInput, match="holds a run already"):
+        sfd_minimal.main(base)
+    sfd_minimal.main([*base, "--overwrite"])
+
+
+def test_a_run_that_diverges_says_where(tiny, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(common.RunFailed, match=r"L_\w+ is .* at step \d+.*--lr"):
+        sfd_minimal.main(["--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "200", "--lr", "1e30", "--lr-fake", "1e30", "--save-every", "0.01"])
+    if (out / "checkpoint.pt").exists():
+        for name, part in weights(out)[1].items():
+            if "optimizer" not in name:
+                assert all(torch.isfinite(v).all() for v in part.values()), f"{name} was saved although it is not finite"
+
+
+def test_teacher_training_resumes(tmp_path):
+    folder = tmp_path / "images of two kinds"
+    from PIL import Image
+    for k, label in enumerate("ab"):
+        (folder / label).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (8, 8), (120 * k, 20 * i, 90)).save(folder / label / f"{i}.png")
+    import train_teacher
+    base = ["--data", str(folder), "--batch", "4", "--seed", "3", "--steps", "6", "--warmup", "2"]
+    train_teacher.main([*base, "--out", str(tmp_path / "whole")])
+    real, calls = common.Run.save, []
+
+    def save_and_stop(run):
+        real(run)
+        if run.step == 3:
+            raise KeyboardInterrupt
+
+    common.Run.save = save_and_stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
+    finally:
+        common.Run.save = real
+    assert weights(tmp_path / "cut")[0] == 3
+    train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
+    assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
+    assert (tmp_path / "cut" / "samples.png").exists() and (tmp_path / "cut" / "teacher.pt").exists()

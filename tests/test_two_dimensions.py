@@ -1,0 +1,98 @@
+"""The fixed point, on a labelled mixture whose scores are known: asked for c_f, the generator draws c_o, and only because of the
+score-forgetting term. The project's own step, small MLPs for the generator and the fake score."""
+import copy
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from closed_form import ring
+from sfd_minimal import decay, draw_labels, sfd_step
+
+C_F, C_O = 0, 2
+SD = 1.5
+
+
+class MLP(nn.Module):
+    """EDM-preconditioned denoiser of points, D(x, sigma, label)."""
+
+    def __init__(self, labels=5, width=96):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 + 1 + labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+
+    def forward(self, x, sigma, label):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
+        total = (sigma ** 2 + SD ** 2).sqrt()
+        return x * (SD / total) ** 2 + sigma * SD / total * self.net(torch.cat([x / total, sigma.log() / 4, label], 1))
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    """An MLP fitted to the closed-form denoiser: what generator and fake score start from, as from a teacher's weights."""
+    torch.manual_seed(0)
+    truth, mlp = ring(dtype=torch.float32), MLP()
+    optimizer = torch.optim.Adam(mlp.parameters(), 2e-3, fused=True)
+    for step in range(1500):
+        k = torch.randint(5, (512,))
+        sigma = (torch.randn(512, 1) * 1.6).exp()
+        x = truth.sample(k)
+        x_t, label = x + sigma * torch.randn_like(x), torch.eye(5)[k]
+        loss = ((sigma ** 2 + SD ** 2) / (sigma * SD) ** 2 * (mlp(x_t, sigma, label) - truth(x_t, sigma, label)) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * decay(step, 1500)
+        optimizer.step()
+    return truth, mlp
+
+
+def run(truth, start, lambda_forget, steps, train_fake_on_c_f=True):
+    torch.manual_seed(1)
+    generator, fake = copy.deepcopy(start), copy.deepcopy(start)
+    average = copy.deepcopy(start)
+    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=lambda_forget)
+    theta, psi = (torch.optim.Adam(m.parameters(), 1e-3, betas=(0, 0.999), fused=True) for m in (generator, fake))
+    override = torch.arange(5)
+    override[C_F] = C_O
+    kept = torch.tensor([k for k in range(5) if k != C_F])
+    for step in range(steps):
+        for optimizer in (theta, psi):
+            optimizer.param_groups[0]["lr"] = 1e-3 * decay(step, steps)
+        labels = draw_labels(256, override, kept)
+        if not train_fake_on_c_f:
+            keep = ~labels[2]
+            labels = tuple(part[keep] for part in labels)
+        sfd_step(generator, fake, truth, theta, psi, torch.randn(len(labels[0]), 2), *labels, s, SD)
+        with torch.no_grad():
+            for a, g in zip(average.parameters(), generator.parameters()):
+                a.lerp_(g, 0.005)
+    return average
+
+
+@torch.no_grad()
+def drawn(generator, k, n=20_000):
+    x = generator(2.5 * torch.randn(n, 2), 2.5, torch.eye(5)[[k] * n])
+    return x.mean(0), x.T.cov()
+
+
+def is_component(generator, k, truth, of):
+    """(largest error of the mean in units of its standard deviation, relative error of the covariance) of label k against component `of`."""
+    mean, cov = drawn(generator, k)
+    return ((mean - truth.means[of]).abs() / truth.covs[of].diagonal().sqrt()).max().item(), \
+        ((cov - truth.covs[of]).norm() / truth.covs[of].norm()).item()
+
+
+def test_forgotten_label_draws_the_override(pretrained):
+    truth, start = pretrained
+    generator = run(truth, start, lambda_forget=1.0, steps=4000)
+    for k in range(5):
+        mean, cov = is_component(generator, k, truth, C_O if k == C_F else k)
+        print(f"label {k}: mean off by {mean:.3f} standard deviations, covariance by {cov:.1%}")
+        assert mean < 0.1 and cov < 0.15, f"label {k}: mean off by {mean:.3f} standard deviations, covariance by {cov:.1%}"
+
+
+def test_without_the_term_nothing_is_forgotten(pretrained):
+    truth, start = pretrained
+    generator = run(truth, start, lambda_forget=0.0, steps=400, train_fake_on_c_f=False)
+    assert is_component(generator, C_F, truth, C_O)[0] > 2, "label c_f moved to c_o although nothing asked it to"
