@@ -12,11 +12,9 @@ The contract of every denoiser in this project, networks and closed forms alike:
 """
 import dataclasses
 import functools
-import io
 import math
 import os
 import pickle
-import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -267,15 +265,19 @@ def unpack(packed):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(denoiser, content): the EDMPrecond in a checkpoint of this project, in eval mode, and the file's other entries.
-
-    bfloat16 is on where the device computes it fast. Raises CheckpointError, in one line, for a file that is no such checkpoint.
-    """
-    content = read_file(path, "denoiser")
-    try:
-        model = unpack(content).to(device).eval()
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
+    """(denoiser, content): the EDMPrecond in a checkpoint of this project or a published edm-*.pkl, in eval mode, and the file's
+    other entries. bfloat16 is on where the device computes it fast. CheckpointError, in one line, for a file that is neither."""
+    if Path(path).suffix == ".pkl":
+        from edm_pickle import load_published
+        model = load_published(path)
+        content = {"data": "cifar10", "classes": [str(k) for k in range(model.settings.num_classes)]}
+    else:
+        content = read_file(path, "denoiser")
+        try:
+            model = unpack(content)
+        except CheckpointError as e:
+            raise CheckpointError(f"{path}: {e}") from e
+    model = model.to(device).eval()
     model.bf16 = has_fast_bf16(device)
     return model, content
 
@@ -288,112 +290,10 @@ def has_fast_bf16(device):
     return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16") or torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
-# Published EDM checkpoints (edm-*.pkl) are pickles that run the code they carry. This reads their tensors and settings, and runs none.
-
-class _State(dict):
-    """What is left of a pickled object: its attributes. Stands in for every class of the official code."""
-
-    def __init__(self, *meta):
-        super().__init__(*meta[:1])
-
-    def __setstate__(self, state):
-        self.update(state)
-
-
-def _persistent_object(meta):
-    return _State(meta["state"], class_name=meta["class_name"])
-
-
-def _storage(data):
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _tensor(storage, offset, size, stride, requires_grad, hooks, metadata=None):
-    if hooks:
-        raise pickle.UnpicklingError("a tensor with hooks")
-    return torch.empty(0, dtype=storage.dtype).set_(storage._untyped_storage, offset, size, stride)  # checks the bounds
-
-
-def _parameter(data, requires_grad, hooks):
-    return data
-
-
-def _scalar(dtype, data):
-    if dtype != "f8":
-        raise pickle.UnpicklingError(f"a numpy scalar of type {dtype}")
-    return struct.unpack("<d", data)[0]
-
-
-class _DType(str):
-    def __new__(cls, name, *_):
-        return super().__new__(cls, name)
-
-    def __setstate__(self, state):
-        if state[1] != "<":
-            raise pickle.UnpicklingError("a big-endian numpy type")
-
-
-class _Unpickler(pickle.Unpickler):
-    """Knows these names and no others; each stands for a function above that only builds plain containers and tensors."""
-    KNOWN = {("torch_utils.persistence", "_reconstruct_persistent_obj"): _persistent_object, ("collections", "OrderedDict"): dict,
-             ("torch._utils", "_rebuild_parameter"): _parameter, ("torch._utils", "_rebuild_tensor_v2"): _tensor,
-             ("torch.storage", "_load_from_bytes"): _storage, ("torch.nn.modules.container", "ModuleDict"): _State,
-             ("numpy._core.multiarray", "scalar"): _scalar, ("numpy.core.multiarray", "scalar"): _scalar, ("numpy", "dtype"): _DType,
-             ("dnnlib.util", "EasyDict"): _State}
-
-    def find_class(self, module, name):
-        if (module, name) not in self.KNOWN:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not on the list of what such a file needs")
-        return self.KNOWN[module, name]
-
-    def persistent_load(self, pid):
-        raise pickle.UnpicklingError("it refers to data outside itself")
-
-
-def load_published(path):
-    """The EDMPrecond in a published edm-*.pkl (DDPM++, label-conditional). CheckpointError, naming the reason, for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    try:
-        with open(path, "rb") as f:
-            net = _Unpickler(f).load()["ema"]
-        unet, weights = net["_modules"]["model"], {}
-        settings = dict(resolution=net["img_resolution"], channels=net["img_channels"], num_classes=net["label_dim"], sigma_data=net["sigma_data"],
-                        **_unet_settings(unet))
-
-        def collect(module, prefix):
-            for name, tensor in module["_parameters"].items():
-                if tensor is not None:
-                    weights[prefix + name] = tensor
-            for name, child in module["_modules"].items():
-                if child is not None:
-                    collect(child, f"{prefix}{name}.")
-
-        collect(unet, "model.")
-        weights.pop("model.map_augment.weight", None)  # its input, the augmentation labels, is zero
-        return unpack({"net": settings, "weights": weights})
-    except CheckpointError as e:
-        raise CheckpointError(f"{path}: {e}") from e
-    except Exception as e:  # a hostile pickle can raise anything; whatever it is, the file is refused
-        raise CheckpointError(f"{path} is not a published EDM checkpoint that this project can read: {type(e).__name__}: {e}") from e
-
-
-def _unet_settings(unet):
-    """Settings that the official module does not keep as such, read off the blocks that they made."""
-    enc = {name: block for name, block in unet["_modules"]["enc"]["_modules"].items()}
-    blocks = [(int(name.split("x")[0]), block) for name, block in enc.items() if "_block" in name]
-    levels = sorted({res for res, _ in blocks}, reverse=True)
-    model_channels = unet["_modules"]["map_label"]["_parameters"]["weight"].shape[0]
-    widths = [next(block["out_channels"] for res, block in blocks if res == level) for level in levels]
-    return dict(model_channels=model_channels, channel_mult=[w // model_channels for w in widths], num_blocks=len(blocks) // len(levels),
-                attn_resolutions=[level for level in levels if any(res == level and block["num_heads"] for res, block in blocks)],
-                dropout=float(blocks[0][1]["dropout"]))
-
-
 def main(argv):
     """`python edm_unet.py convert FILE.pkl OUT.pt --data NAME`: a published EDM checkpoint as one of this project's."""
-    from common import Parser  # the one thing that this file takes from the others, and only as a program
+    from common import Parser
+    from edm_pickle import load_published
     parser = Parser(description="Convert a published EDM checkpoint (edm-*.pkl) to this project's format; no code in it is run.")
     parser.add_argument("action", choices=["convert"])
     parser.add_argument("file", help="the published pickle")

@@ -105,11 +105,13 @@ def load_judge(path, device):
     return judge.requires_grad_(False), content
 
 
-def find(name):
-    """A shipped file, or one that train_teacher.py left in runs/: the path, or None."""
-    for path in (HERE / "teachers" / f"{name}.pt", Path("runs") / name.replace("_", "-") / "judge.pt"):
-        if path.exists():
-            return path
+def find(*candidates):
+    """The first of these paths that exists, or None."""
+    return next((path for path in candidates if path.exists()), None)
+
+
+def digest(*paths):
+    return hashlib.sha256(b"".join(Path(p).read_bytes() for p in paths)).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------- numbers from statistics
@@ -202,7 +204,7 @@ class Referee:
 
     def __init__(self, data, device, forget, to, seed=1000):
         name = Path(data).name
-        self.paths = [find(f"{name}_judge"), find(f"{name}_judge2")]
+        self.paths = [find(HERE / "teachers" / f"{name}_judge{n}.pt", Path(f"runs/{name}-judge{n}/judge.pt")) for n in ("", "2")]
         if None in self.paths:
             raise BadInput(f"no judges for {data}: train them with `python train_teacher.py --data {data} --judge`")
         (self.judge, info), (self.judge2, _) = (load_judge(p, device) for p in self.paths)
@@ -231,7 +233,7 @@ class Referee:
     def known(self, path, generate, net, per_label, what):
         """`measure` of a file that does not change, remembered beside it under the fingerprint of that file and the judges'."""
         memory = Path(path).with_name(Path(path).stem + "_measured.pt")
-        fingerprint = hashlib.sha256(b"".join(Path(p).read_bytes() for p in [path, *self.paths])).hexdigest()
+        fingerprint = digest(path, *self.paths)
         if memory.exists():
             content = read_file(memory, "measured")
             if content["fingerprint"] == fingerprint and content["per_label"] >= per_label:
@@ -258,12 +260,13 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
     rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
     rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
-    sid_path = find(f"{Path(info['data']).name}_sid")
+    sid_path = find(HERE / "teachers" / f"{Path(info['data']).name}_sid.pt", Path(f"runs/{Path(info['data']).name}-sid/both.pt"))
     if forget and sid_path:
         sid, sid_info = load_checkpoint(sid_path, device)
-        sid = one_step(sid, sid_info["sigma_init"])
-        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
-        rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000)}
+        if sid_info["teacher_sha256"] == info["teacher_sha256"]:
+            sid = one_step(sid, sid_info["sigma_init"])
+            rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
+            rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000)}
     rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
 
     labels = torch.arange(K).repeat_interleave(20)

@@ -251,6 +251,7 @@ def main(argv):
     run, G, fake = distil(s, forget, to, teacher, device, lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings))
 
     extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to, "teacher": str(teacher_path),
+             "teacher_sha256": evaluate.digest(teacher_path),
              "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
     save_atomically({"kind": "denoiser", **pack(G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")

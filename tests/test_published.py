@@ -1,0 +1,81 @@
+"""Published EDM pickles: read without running any code in them, and hostile ones refused by name."""
+import collections
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import edm_pickle
+import edm_unet
+from test_unet import golden
+
+FILE = Path(__file__).parent / "fixtures" / "edm_ddpmpp_official_format.pkl"
+
+
+def test_reads_the_published_format(tmp_path):
+    model = edm_pickle.load_published(FILE).eval()
+    _, x, sigma, label, D_x = golden()
+    with torch.no_grad():
+        assert (model(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
+    edm_unet.main(["convert", str(FILE), str(tmp_path / "converted.pt")])
+    again, info = edm_unet.load_checkpoint(tmp_path / "converted.pt")
+    again.bf16 = False
+    with torch.no_grad():
+        assert (again(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
+    assert again.settings == model.settings and info["data"] == "cifar10"
+    assert model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,) and model.settings.channel_mult == (1, 2, 2)
+
+
+class Reduce:
+    """Pickles as a call of `function` with `arguments`."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+class Unknown:
+    pass
+
+
+def touch():
+    return Reduce(os.system, "touch code-ran")
+
+
+small = torch.zeros(3)
+HOSTILE = {
+    "os.system": (lambda: {"ema": touch()}, "system"),
+    "eval": (lambda: {"ema": Reduce(eval, "open('code-ran', 'w')")}, "eval"),
+    "extra global beside the net": (lambda: {"ema": None, "extra": Reduce(open, "code-ran", "w")}, "open"),
+    "unknown class": (lambda: {"ema": Unknown()}, "Unknown"),
+    "nested pickle in a storage": (lambda: {"ema": Reduce(torch.storage._load_from_bytes, pickle.dumps(touch(), protocol=2))}, "Weights only load failed"),
+    "numpy object array": (lambda: {"ema": np.array([Unknown()], dtype=object)}, "_reconstruct"),
+    "storage too small": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0, (1000, 1000), (1000, 1), False, collections.OrderedDict())}, "beyond its storage"),
+    "negative offset": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), -4, (2,), (1,), False, collections.OrderedDict())}, "beyond its storage"),
+    "tensor with hooks": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0, (2,), (1,), False, {1: 2})}, "hooks"),
+    "no net": (lambda: {"something": 1}, "KeyError"),
+    "not a dict": (lambda: [1, 2], "TypeError"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    make, word = HOSTILE[name]
+    (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(make(), protocol=4))
+    with pytest.raises(edm_unet.CheckpointError, match=word):
+        edm_pickle.load_published(tmp_path / "hostile.pkl")
+    assert [p.name for p in tmp_path.iterdir()] == ["hostile.pkl"], "code in the file was run"
+
+
+@pytest.mark.parametrize("length", [0, 1, 100, 50_000, 1_800_000])
+def test_truncated_files_are_refused(length, tmp_path):
+    (tmp_path / "cut.pkl").write_bytes(FILE.read_bytes()[:length])
+    with pytest.raises(edm_unet.CheckpointError, match="not a published EDM"):
+        edm_pickle.load_published(tmp_path / "cut.pkl")
