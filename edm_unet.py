@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import pickle
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -236,7 +237,9 @@ def read_file(path, kind):
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of some foreign pickles before it refuses them; the refusal says enough
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError, AttributeError, TypeError) as e:
         reason = "it is empty" if path.stat().st_size == 0 else f"truncated, or not a checkpoint ({type(e).__name__}); nothing in it was run"
         raise CheckpointError(f"{path}: cannot be read: {reason}") from e

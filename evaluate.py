@@ -251,6 +251,8 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
     out = Path(out)
     generator, info = load_checkpoint(out / "generator.pt", device)
+    if "settings" not in info:
+        raise BadInput(f"{out / 'generator.pt'} is not the generator of a run of sfd_minimal.py")
     s, net, K = info["settings"], generator.settings, generator.settings.num_classes
     teacher_path = Path(teacher_file or info["teacher"])
     teacher, _ = load_checkpoint(teacher_path, device)
@@ -329,6 +331,23 @@ def table(rows):
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
 
 
+def results_table(files):
+    """The README's table, from committed metrics.json files: first what is to be beaten, then one row per run."""
+    runs = [json.loads(Path(f).read_text()) for f in files]
+    first, lines = runs[0], []
+    for name, m in (("teacher", first["teacher"]), ("one step, nothing forgotten", first["un_erased"])):
+        if m:
+            lines.append([name, "", "", f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", "1.00" if name == "teacher" else f"{m['fd'] / first['teacher']['fd']:.2f}",
+                          f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), ""])
+    for m in runs:
+        s = m["settings"]
+        name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
+        lines.append([name, f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / m['teacher']['fd']:.2f}",
+                      f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), f"{m['seconds']:.0f}"])
+    head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
+
+
 # ------------------------------------------------------------------------------------------------------------------- pictures
 
 FORGOTTEN = "#d55e00"  # the colour of the forgotten class in every figure; colour-blind safe, like the blue beside it
@@ -387,21 +406,23 @@ def curves_figure(log, rows, path):
     right.axhline(rows["teacher"]["fd"], color="gray", ls="--", lw=1, label="teacher, 35 evaluations")
     right.set(xlabel="steps", ylabel="FD (judge's features)")
     right.legend()
+    per_step = seconds[-1] / steps[-1]
     for ax in (left, right):
-        upper = ax.secondary_xaxis("top", functions=(lambda x: np.interp(x, steps, seconds), lambda x: np.interp(x, seconds, steps)))
-        upper.set_xlabel("seconds")
+        ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def main(argv):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="folder of a run of sfd_minimal.py")
+    parser.add_argument("run", help="folder of a run of sfd_minimal.py; or the word 'table', for the README's table from results/*.json")
     parser.add_argument("--per-label", type=int, default=PER_LABEL, help="images judged under each label; five times as many under a forgotten one")
     parser.add_argument("--teacher", help="its teacher, if it is no longer where it was")
     parser.add_argument("--device", default="auto")
     a = parser.parse_args(argv)
     positive(a, "per_label")
+    if a.run == "table":
+        return print(results_table(sorted((HERE / "results").glob("*.json"))))
     if not (Path(a.run) / "generator.pt").exists():
         raise BadInput(f"{a.run} holds no generator.pt")
     verdict(a.run, pick_device(a.device), a.per_label, a.teacher)

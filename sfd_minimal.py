@@ -204,8 +204,8 @@ def distil(s, forget, to, teacher, device, probe):
     generator.load_state_dict(theta_0), average.load_state_dict(theta_0), fake.load_state_dict(psi_0)
     for model in (generator, average, fake):
         model.bf16 = teacher.bf16
-    optimizer_theta = torch.optim.Adam(generator.parameters(), s.lr, betas=(0, 0.999), fused=True)
-    optimizer_psi = torch.optim.Adam(fake.parameters(), s.lr_fake, betas=(0, 0.999), fused=True)
+    optimizer_theta = torch.optim.Adam(generator.parameters(), s.lr, betas=(0.0, 0.999), fused=True)
+    optimizer_psi = torch.optim.Adam(fake.parameters(), s.lr_fake, betas=(0.0, 0.999), fused=True)
     ema = EMA(generator, average, s.ema)
     override = torch.arange(K, device=device)
     override[forget] = torch.tensor(to, dtype=torch.long, device=device)
@@ -227,7 +227,7 @@ def distil(s, forget, to, teacher, device, probe):
             if not torch.isfinite(value):
                 raise RunFailed(f"{name} is {value.item()} at step {step + 1}: try a smaller --lr and --lr-fake. "
                                 f"The last good checkpoint is the one in {run.out}, if there is one")
-        if step + 1 in (10, 20, 30, 40) or (step + 1) % 50 == 0 or step + 1 == s.steps:
+        if step + 1 == 20 or (step + 1) % 50 == 0 or step + 1 == s.steps:
             run.history.append({"step": step + 1, "seconds": round(run.elapsed(), 2), **{k: v.item() for k, v in terms.items()}, **probe(average)})
             run.bar.set_postfix({k: f"{v:.3g}" for k, v in run.history[-1].items() if k in ("ua", "kept_accuracy", "fd")})
     return run, average, fake

@@ -4,6 +4,7 @@
     python train_teacher.py --data mnist --judge    # both judges  -> runs/mnist-judge/, runs/mnist-judge2/
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def edm_loss(D, x, sigma, label):
 def rate(step, s):
     """Learning rate: linear warm-up, then cosine to zero."""
     warm, progress = min(1.0, (step + 1) / s.warmup), step / s.steps
-    return s.lr * warm * 0.5 * (1 + np.cos(np.pi * progress))
+    return s.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train_teacher(s, device):

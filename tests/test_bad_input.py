@@ -89,7 +89,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("teacher", "--data {}/one-class", "one class"), ("teacher", "--data {}/mixed", "mixes image sizes"), ("teacher", "--data {}/broken", "cannot be read as an image"),
     ("teacher", "--data {}/oblong", "not square"), ("teacher", "--steps 0", "above zero"), ("teacher", "--lr -1", "above zero"),
     ("teacher", "--ema 1.5", "[0, 1)"), ("teacher", "--p-std 0", "above zero"), ("teacher", "--size 0", "above zero"),
-    ("evaluate", "{}", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
+    ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
     ("unet", "convert {}/nowhere.pkl x.pt", "no such file"), ("unet", "convert {}/text.pt x.pt", "not a published EDM"),
 ]
 

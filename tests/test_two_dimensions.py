@@ -52,7 +52,7 @@ def run(truth, start, lambda_forget, steps, train_fake_on_c_f=True):
     generator, fake = copy.deepcopy(start), copy.deepcopy(start)
     average = copy.deepcopy(start)
     s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=lambda_forget)
-    theta, psi = (torch.optim.Adam(m.parameters(), 1e-3, betas=(0, 0.999), fused=True) for m in (generator, fake))
+    theta, psi = (torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
     override = torch.arange(5)
     override[C_F] = C_O
     kept = torch.tensor([k for k in range(5) if k != C_F])
