@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import CheckpointError, read_file, save_atomically
+from edm_unet import CheckpointError, cpu_features, read_file, save_atomically
 
 
 class BadInput(ValueError):
@@ -91,7 +91,7 @@ def pick_device(name):
 
 def machine(device):
     """What a reported number must say of where it was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_features().get("cpu_name", platform.processor())
     return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "python": platform.python_version(), "system": platform.system()}
 

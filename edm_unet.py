@@ -285,12 +285,26 @@ def load_checkpoint(path, device="cpu"):
     return model, content
 
 
+def find_weights(data, what, named=""):
+    """Path of the `what` (teacher, judge, judge2, sid) of a data set: the one named, else the one that comes with the project, else
+    the one that was trained in runs/. None where there is none."""
+    name = Path(data).name
+    shipped = Path(__file__).parent / "teachers" / (f"{name}.pt" if what == "teacher" else f"{name}_{what}.pt")
+    trained = Path("runs") / f"{name}-{what}" / {"teacher": "teacher.pt", "sid": "both.pt"}.get(what, "judge.pt")
+    return next((path for path in ([Path(named)] if named else [shipped, trained]) if path.exists()), None)
+
+
 def has_fast_bf16(device):
     """Whether the device multiplies bfloat16 matrices in hardware; elsewhere it is slower than float32, or emulated."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16") or torch.cpu.get_capabilities().get("avx512_bf16"))
+    return device.type == "cpu" and any(cpu_features().get(name) for name in ("amx_bf16", "avx512_bf16"))
+
+
+def cpu_features():
+    """What torch knows of the CPU; nothing, before it could tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
 
 
 def main(argv):

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import BadInput, Parser, command, machine, pick_device, positive
-from edm_unet import heun_sampler, load_checkpoint, read_file, save_atomically
+from edm_unet import find_weights, heun_sampler, load_checkpoint, read_file, save_atomically
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
 PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
@@ -103,11 +103,6 @@ def load_judge(path, device):
     judge = Judge(**content["judge"]).to(device).eval()
     judge.load_state_dict(content["weights"])
     return judge.requires_grad_(False), content
-
-
-def find(*candidates):
-    """The first of these paths that exists, or None."""
-    return next((path for path in candidates if path.exists()), None)
 
 
 def digest(*paths):
@@ -203,8 +198,7 @@ class Referee:
     """Both judges of a data set, and the question of which labels were forgotten."""
 
     def __init__(self, data, device, forget, to, seed=1000):
-        name = Path(data).name
-        self.paths = [find(HERE / "teachers" / f"{name}_judge{n}.pt", Path(f"runs/{name}-judge{n}/judge.pt")) for n in ("", "2")]
+        self.paths = [find_weights(data, "judge"), find_weights(data, "judge2")]
         if None in self.paths:
             raise BadInput(f"no judges for {data}: train them with `python train_teacher.py --data {data} --judge`")
         (self.judge, info), (self.judge2, _) = (load_judge(p, device) for p in self.paths)
@@ -254,7 +248,9 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     if "settings" not in info:
         raise BadInput(f"{out / 'generator.pt'} is not the generator of a run of sfd_minimal.py")
     s, net, K = info["settings"], generator.settings, generator.settings.num_classes
-    teacher_path = Path(teacher_file or info["teacher"])
+    teacher_path = find_weights(info["data"], "teacher", teacher_file or s["teacher"])
+    if teacher_path is None or digest(teacher_path) != info["teacher_sha256"]:
+        raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path}: name it with --teacher")
     teacher, _ = load_checkpoint(teacher_path, device)
     referee = Referee(info["data"], device, info["forget"], info["to"])
     forget, generate = info["forget"], one_step(generator, info["sigma_init"])
@@ -262,7 +258,7 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
     rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
     rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
-    sid_path = find(HERE / "teachers" / f"{Path(info['data']).name}_sid.pt", Path(f"runs/{Path(info['data']).name}-sid/both.pt"))
+    sid_path = find_weights(info["data"], "sid")
     if forget and sid_path:
         sid, sid_info = load_checkpoint(sid_path, device)
         if sid_info["teacher_sha256"] == info["teacher_sha256"]:
@@ -278,7 +274,7 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     samples_figure({"teacher, 35 evaluations": teacher_images, "generator, 1 evaluation": draw(generate, labels, net, device, seed=0)},
                    referee.classes, forget, out / "samples.png")
     if (out / "log.csv").exists():
-        curves_figure(out / "log.csv", rows, out / "curves.png")
+        curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
 
     result = rows["this generator"] | {"seconds": info["seconds"], "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
                                        "forget": forget, "to": info["to"], "settings": s, "machine": machine(device)}
@@ -389,24 +385,25 @@ def samples_figure(panels, classes, forget, path):
     plt.close(fig)
 
 
-def curves_figure(log, rows, path):
-    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis."""
-    plt = pyplot()
+def curves_figure(log, teacher, path):
+    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis. None without probes."""
     with open(log, newline="") as f:
-        lines = [{k: float(v) for k, v in line.items() if v} for line in csv.DictReader(f)]
-    steps, seconds = [r["step"] for r in lines], [r["seconds"] for r in lines]
+        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f)]
+    if "fd" not in lines[0]:
+        return
+    plt, steps = pyplot(), [r["step"] for r in lines]
+    per_step = lines[-1]["seconds"] / lines[-1]["step"]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     if "ua" in lines[0]:
         left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
     left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT, label="accuracy on kept classes")
-    left.axhline(100 * rows["teacher"]["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
+    left.axhline(100 * teacher["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
     left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
     left.legend(loc="lower right")
-    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator, kept classes (900 images)")
-    right.axhline(rows["teacher"]["fd"], color="gray", ls="--", lw=1, label="teacher, 35 evaluations")
-    right.set(xlabel="steps", ylabel="FD (judge's features)")
+    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
+    right.axhline(teacher["fd"], color="gray", ls="--", lw=1, label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
+    right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")
     right.legend()
-    per_step = seconds[-1] / steps[-1]
     for ax in (left, right):
         ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
     fig.savefig(path, dpi=110)

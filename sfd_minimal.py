@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_device, positive, seed_everything, setting
-from edm_unet import EDMPrecond, load_checkpoint, pack, read_file, save_atomically, unpack
+from edm_unet import EDMPrecond, find_weights, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
 # ---------------------------------------------------------------------------------------------------------------- the method
@@ -167,13 +167,13 @@ def read_labels(s, K):
 
 def load_teacher(s, device):
     """(teacher, its file's other entries, path). BadInput where the file is no teacher of the data set."""
-    path = Path(s.teacher) if s.teacher else Path(__file__).parent / "teachers" / f"{s.data}.pt"
-    if not path.exists():
-        raise BadInput(f"no teacher at {path}: train one with `python train_teacher.py --data {s.data}`, or name one with --teacher")
+    path = find_weights(s.data, "teacher", s.teacher)
+    if path is None:
+        raise BadInput(f"no teacher at {s.teacher or 'teachers/'}: train one with `python train_teacher.py --data {s.data}`, or name one with --teacher")
     teacher, info = load_checkpoint(path, device)
     if "sigma_init" in info:
         raise BadInput(f"{path} is a one-step generator, not a teacher")
-    if info["data"] != s.data:
+    if Path(info["data"]).name != Path(s.data).name:
         raise BadInput(f"{path} was trained on {info['data']}, not on {s.data}: say --data {info['data']}")
     return teacher.requires_grad_(False), info, path
 
@@ -241,20 +241,23 @@ def main(argv):
         return evaluate.write_samples(s.sample, s.label, s.n or 100, s.seed, s.out, device)
     teacher, info, teacher_path = load_teacher(s, device)
     forget, to = read_labels(s, teacher.settings.num_classes)
-    s.out = s.out or f"runs/{s.data}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
+    s.out = s.out or f"runs/{Path(s.data).name}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
     seed_everything(s.seed)
 
     import evaluate  # here, so that the method above needs none of it
-    referee = evaluate.Referee(s.data, device, forget, to)
+    referee = evaluate.Referee(s.data, device, forget, to) if find_weights(s.data, "judge2") else None
     print(f"SFD on {device.type}: forget {forget or 'nothing'}" + (f", drawing {' '.join(s.to)} instead" if forget else "")
           + f"; {s.steps} steps of {s.batch} images; writing to {s.out}")
-    run, G, fake = distil(s, forget, to, teacher, device, lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings))
+    probe = lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings) if referee else {}
+    run, G, fake = distil(s, forget, to, teacher, device, probe)
 
-    extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to, "teacher": str(teacher_path),
-             "teacher_sha256": evaluate.digest(teacher_path),
-             "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
+    extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to,
+             "teacher_sha256": evaluate.digest(teacher_path), "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
     save_atomically({"kind": "denoiser", **pack(G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
+    if not referee:
+        return print(f"{run.out}/generator.pt is there, but no judge of {s.data} to say what it draws: train them with "
+                     f"`python train_teacher.py --data {s.data} --judge`, then `python evaluate.py {run.out}`")
     evaluate.verdict(run.out, device, s.per_label)
 
 

@@ -95,3 +95,18 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     assert m["forget"] == [0, 1] and m["to"] == [2, 3]
     run(*base, "--forget", 4, cwd=tmp_path)
     assert (tmp_path / "runs" / "mnist-forget4-torandom" / "metrics.json").exists()
+
+
+def test_a_data_set_of_ones_own(tmp_path):
+    """A folder of class folders: teacher, then SFD without a judge, then the judges, then the verdict."""
+    for k, label in enumerate("ab"):
+        (tmp_path / "my images" / label).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (200 * k, 10 * i, 90)).save(tmp_path / "my images" / label / f"{i}.png")
+    run(*program("train_teacher.py"), "--data", "my images", "--steps", 2, "--batch", 4, cwd=tmp_path)
+    out = run(*program("sfd_minimal.py"), "--data", "my images", "--forget", 0, "--to", 1, "--steps", 2, "--batch", 4, "--per-label", 8, cwd=tmp_path)
+    assert "no judge" in out
+    run(*program("train_teacher.py"), "--data", "my images", "--judge", "--steps", 2, "--batch", 4, cwd=tmp_path)
+    out = run(*program("evaluate.py"), "runs/my images-forget0-to1", "--per-label", 8, cwd=tmp_path)
+    assert "this generator" in out
+    assert (tmp_path / "runs" / "my images-forget0-to1" / "metrics.json").exists()

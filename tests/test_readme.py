@@ -1,0 +1,63 @@
+"""What the README says is so: its commands parse, its settings exist, its table is the one that the results make."""
+import dataclasses
+import re
+import shlex
+
+import pytest
+
+import common
+import evaluate
+import sfd_minimal
+import train_teacher
+from conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if "python " in c])
+def test_commands_are_real(line):
+    words = shlex.split(line.split("&&")[-1])[1:]
+    if words[0] == "-m":
+        assert words == ["-m", "pytest"]
+        return
+    assert (ROOT / words[0]).exists()
+    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings}.get(words[0])
+    if settings:
+        common.parse(settings, words[1:], "")
+
+
+def test_the_two_commands():
+    assert "pip install -r requirements.txt && python sfd_minimal.py --forget 0 --to 1" in COMMANDS
+    assert "pip install -r requirements.txt && python -m pytest" in COMMANDS
+    assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_options_named_are_options():
+    known = {f"--{f.name.replace('_', '-')}" for s in (sfd_minimal.Settings, train_teacher.Settings) for f in dataclasses.fields(s)}
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("fidelity --gpu 0 --fid --input1 images --input2 cifar10-train", "")):
+        assert option in known | {"--help"}, option
+
+
+def test_lines_of_code_quoted_are_in_the_file():
+    source = re.sub(r"\s+", " ", (ROOT / "sfd_minimal.py").read_text())
+    for quoted in re.findall(r"^\| .*? \| `(.+?)` \|$", README.split("## Use it")[0], re.M):
+        for part in re.split(r"\.\.\.\)?|;  ", quoted):
+            assert re.sub(r"\s+", " ", part.strip()) in source.replace("torch.randn_like(x_g)", "eps"), part
+
+
+def test_table_is_made_from_the_results():
+    table = README.split("<!-- table -->")[1].split("<!-- end of table -->")[0].strip()
+    assert table == evaluate.results_table(sorted((ROOT / "results").glob("*.json")))
+
+
+def test_files_named_exist():
+    for name in re.findall(r"(?<=\| `)[\w.]+/?(?=` \|)", README.split("## Files")[1]):
+        assert (ROOT / name).exists(), name
+    for name in re.findall(r"\]\(([\w./]+)\)", README):
+        assert (ROOT / name).exists(), name
+
+
+def test_requirements_give_a_reason_each():
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        assert re.match(r"^[a-z]+>=[\d.]+ +# \w", line), line

@@ -1,0 +1,65 @@
+"""The weights that come with the project are what their numbers say, on a few hundred samples."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+from conftest import ROOT
+from edm_unet import load_checkpoint, read_file
+
+TEACHERS = ROOT / "teachers"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def judged():
+    """200 images of the teacher by 35 evaluations, seen by both judges."""
+    teacher, _ = load_checkpoint(TEACHERS / "mnist.pt")
+    labels = torch.arange(10).repeat_interleave(20)
+    images = evaluate.draw(evaluate.many_step(teacher), labels, teacher.settings, CPU, seed=5)
+    return labels, images
+
+
+@pytest.mark.parametrize("number", ["", "2"])
+def test_teacher_and_judges_agree(judged, number):
+    labels, images = judged
+    judge, info = evaluate.load_judge(TEACHERS / f"mnist_judge{number}.pt", CPU)
+    assert info["accuracy"] >= 0.994
+    confusion = evaluate.class_stats(judge, images, labels, keep=0)["confusion"]
+    remembered = read_file(TEACHERS / "mnist_measured.pt", "measured")
+    recorded = remembered["stats"]["confusion"].double()
+    accuracy = (recorded.diag().sum() / recorded.sum()).item()
+    assert recorded.sum() == 10_000
+    assert confusion.diag().sum().item() / 200 > accuracy - 0.03
+
+
+def test_recorded_teacher_belongs_to_these_files():
+    names = ["mnist.pt", "mnist_judge.pt", "mnist_judge2.pt"]
+    assert read_file(TEACHERS / "mnist_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
+
+
+def test_one_step_generator_is_of_this_teacher():
+    sid, info = load_checkpoint(TEACHERS / "mnist_sid.pt")
+    assert info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt") and info["forget"] == []
+    judge, _ = evaluate.load_judge(TEACHERS / "mnist_judge.pt", CPU)
+    labels = torch.arange(10).repeat_interleave(30)
+    images = evaluate.draw(evaluate.one_step(sid, info["sigma_init"]), labels, sid.settings, CPU, seed=5)
+    confusion = evaluate.class_stats(judge, images, labels, keep=0)["confusion"]
+    assert confusion.diag().sum().item() / 300 > 0.95
+
+
+def test_weights_are_stored_in_half_precision():
+    for name in ("mnist.pt", "mnist_sid.pt", "mnist_judge.pt", "mnist_judge2.pt"):
+        kind = "judge" if "judge" in name else "denoiser"
+        assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
+
+
+def test_committed_results_carry_their_circumstances():
+    files = sorted((ROOT / "results").glob("*.json"))
+    assert files
+    for f in files:
+        m = json.loads(f.read_text())
+        assert m["machine"]["torch"] and m["settings"]["seed"] is not None and m["n"] and m["seconds"] > 0, f
+        assert m["teacher"]["nfe"] == 35, f
