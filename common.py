@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import random
+import shlex
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import CheckpointError, cpu_features, read_file, save_atomically
+from edm_unet import CheckpointError, cpu_features, has_fast_bf16, read_file, save_atomically
 
 
 class BadInput(ValueError):
@@ -62,6 +63,8 @@ def command(main):
         sys.exit(_one_line(e, 2))
     except (RunFailed, OSError) as e:
         sys.exit(_one_line(e, 1))
+    except KeyboardInterrupt:
+        sys.exit(_one_line("interrupted", 130))
 
 
 def _one_line(e, code):
@@ -83,6 +86,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("cpu, cuda and mps are known here")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise BadInput(f"--device {name} is not there: {str(e).splitlines()[0]}") from e
@@ -92,8 +97,24 @@ def pick_device(name):
 def machine(device):
     """What a reported number must say of where it was measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_features().get("cpu_name", platform.processor())
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+    return {"device": device.type, "name": name, "bf16": has_fast_bf16(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
             "python": platform.python_version(), "system": platform.system()}
+
+
+def check_run(s):
+    """What every run's settings have in common."""
+    positive(s, "save_every")
+    if s.resume and s.overwrite:
+        raise BadInput("--resume continues the run in the folder and --overwrite replaces it: say one of them")
+    if not 0 <= s.seed < 2 ** 32:
+        raise BadInput(f"--seed must lie in [0, 2^32), not {s.seed}")
+
+
+def refuse_useless(s, useful, option):
+    """BadInput if a setting was given that has no effect together with `option`."""
+    given = {f.name for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+    if useless := given - useful:
+        raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning with {option}")
 
 
 def seed_everything(seed):
@@ -127,7 +148,7 @@ class Run:
         self.path, self.step, self.seconds, self.history = self.out / "checkpoint.pt", 0, 0.0, []
         if resume:
             self._restore()
-        elif self.out.exists() and any(self.out.iterdir()) and not overwrite:
+        elif self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
             raise BadInput(f"{self.out} holds a run already; continue it with --resume, replace it with --overwrite, or choose another --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -136,10 +157,12 @@ class Run:
         except OSError as e:
             raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
         if not resume:
-            for old in ("checkpoint.pt", "log.csv", "metrics.json"):
+            for old in ("checkpoint.pt", "log.csv", "metrics.json", "generator.pt", "both.pt", "teacher.pt", "judge.pt", "samples.png", "curves.png"):
                 (self.out / old).unlink(missing_ok=True)
 
     def _restore(self):
+        if not self.path.exists():
+            raise BadInput(f"nothing was saved at {self.path}, no such file: start again without --resume")
         saved = read_file(self.path, "run")
         now = comparable(self.settings)
         differ = [f"{k} was {saved['settings'].get(k)!r} and is {now.get(k)!r}" for k in sorted(set(now) | set(saved["settings"]))
@@ -149,9 +172,8 @@ class Run:
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
-        torch.set_rng_state(saved["rng"])
-        if torch.cuda.is_available() and saved["rng_cuda"] is not None:
-            torch.cuda.set_rng_state(saved["rng_cuda"])
+        set_rng_states(saved["rng"])
+        self.write_log()
 
     def elapsed(self):
         """Seconds of work, earlier parts of a resumed run included."""
@@ -166,15 +188,14 @@ class Run:
                                 f"The last good checkpoint, if there is one, is still at {self.path}")
         save_atomically({"kind": "run", "parts": {k: v.state_dict() for k, v in self.parts.items()}, "step": self.step,
                          "seconds": self.seconds, "history": self.history, "settings": comparable(self.settings),
-                         "rng": torch.get_rng_state(),
-                         "rng_cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}, self.path)
+                         "rng": rng_states()}, self.path)
         self.write_log()
 
     def write_log(self):
         if self.history:
             partial = self.out / "log.csv.partial"
             with open(partial, "w", newline="") as f:
-                rows = csv.DictWriter(f, list(self.history[0]))
+                rows = csv.DictWriter(f, list(dict.fromkeys(key for row in self.history for key in row)))
                 rows.writeheader()
                 rows.writerows(self.history)
             os.replace(partial, self.out / "log.csv")
@@ -195,14 +216,30 @@ class Run:
                     saved_at = time.monotonic()
                 if interrupted:
                     self.bar.close()
-                    print(f"stopped at step {self.step}, saved to {self.path}; continue with the same command and --resume", file=sys.stderr)
+                    argv = [a for a in sys.argv if a not in ("--resume", "--overwrite")]
+                    print(f"stopped after step {self.step}; continue with: {shlex.join(['python', *argv, '--resume'])}", file=sys.stderr)
                     sys.exit(130)
         finally:
             self.bar.close()
             signal.signal(signal.SIGINT, previous)
 
 
+def rng_states():
+    """The random states of every kind of device that is in use."""
+    return {"cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+            "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None}
+
+
+def set_rng_states(states):
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    if states["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])
+
+
 def comparable(settings):
-    """The settings that must not change between a run and its continuation: all but those that only say how to start."""
-    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every"}
+    """The settings that must not change between a run and its continuation: all but those that leave the training as it is."""
+    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every", "per_label", "sample", "label", "n"}
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ignored}

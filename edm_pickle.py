@@ -1,5 +1,5 @@
 """Reading the published EDM checkpoints (edm-*.pkl) without running them: they are pickles that carry, and would execute, their own
-source code. The unpickler here knows the nine names that such a file needs, and gives each a harmless meaning."""
+source code. The unpickler here knows the ten names that such a file needs, and gives each a harmless meaning."""
 import io
 import pickle
 import struct

@@ -206,6 +206,15 @@ class Referee:
         self.device, self.forget, self.to, self.seed = device, forget, to, seed
         self.kept = [k for k in range(len(self.classes)) if k not in forget]
 
+    def check(self, net, per_label):
+        """BadInput where the judges cannot judge: another image shape, other labels, or too few images for precision and recall."""
+        of = self.judge.settings
+        if (net.resolution, net.channels, net.num_classes) != (of["resolution"], of["channels"], of["num_classes"]):
+            raise BadInput(f"the teacher draws {net.num_classes} classes of {net.channels}x{net.resolution}x{net.resolution} images, the judge knows "
+                           f"{of['num_classes']} of {of['channels']}x{of['resolution']}x{of['resolution']}: one of them is of another data set")
+        if per_label * len(self.kept) < 4:
+            raise BadInput(f"--per-label {per_label} is too few: precision and recall need at least 4 images of kept labels")
+
     def measure(self, generate, net, counts, progress=None):
         """(class_stats of the first judge, confusion of the second) of counts[k] images under each label k."""
         labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
@@ -233,8 +242,11 @@ class Referee:
             if content["fingerprint"] == fingerprint and content["per_label"] >= per_label:
                 return content["stats"], content["confusion2"]
         stats, confusion2 = self.measure(generate, net, [per_label] * net.num_classes, progress=what)
-        save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label, "stats": stats, "confusion2": confusion2,
-                         "machine": machine(self.device)}, memory)
+        try:
+            save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label, "stats": stats, "confusion2": confusion2,
+                             "machine": machine(self.device)}, memory)
+        except OSError as e:
+            print(f"note: this will be measured again next time: {e}")
         return stats, confusion2
 
 
@@ -250,9 +262,10 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     s, net, K = info["settings"], generator.settings, generator.settings.num_classes
     teacher_path = find_weights(info["data"], "teacher", teacher_file or s["teacher"])
     if teacher_path is None or digest(teacher_path) != info["teacher_sha256"]:
-        raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path}: name it with --teacher")
+        raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path or 'teachers/'}: name it with --teacher")
     teacher, _ = load_checkpoint(teacher_path, device)
     referee = Referee(info["data"], device, info["forget"], info["to"])
+    referee.check(net, per_label)
     forget, generate = info["forget"], one_step(generator, info["sigma_init"])
 
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
@@ -277,13 +290,13 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
         curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
 
     result = rows["this generator"] | {"seconds": info["seconds"], "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
-                                       "forget": forget, "to": info["to"], "settings": s, "machine": machine(device)}
+                                       "forget": forget, "to": info["to"], "settings": s, "trained_on": info["machine"], "machine": machine(device)}
     text = json.dumps(result, indent=1)
     (out / "metrics.json").write_text(text + "\n")
     print(table({name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}))
     print(f"{result['n']} images of this generator judged ({per_label} per label" + (f", {5 * per_label} per forgotten label" if forget else "")
           + f"); FD of held-out real images, its floor: {result['fd_floor']:.2f}")
-    print(f"trained in {info['seconds']:.0f} s; wrote metrics.json, samples.png and curves.png to {out}")
+    print(f"trained in {info['seconds']:.0f} s; numbers in {out / 'metrics.json'}, pictures beside it")
     return result
 
 
@@ -294,17 +307,20 @@ def write_samples(path, wanted, n, seed, out, device):
     if not out:
         raise BadInput("--sample needs --out: a .npz or .png file, or a folder")
     for k in wanted or []:
-        if not k.isdigit() or int(k) >= net.num_classes:
+        if not k.isdecimal() or int(k) >= net.num_classes:
             raise BadInput(f"label {k!r} is out of range: {path} knows the labels 0 to {net.num_classes - 1}")
     asked = torch.tensor([int(k) for k in wanted] if wanted else range(net.num_classes))
-    labels = asked.repeat_interleave(-(-n // len(asked)))[:n]
+    labels = asked[torch.arange(n) * len(asked) // n]
     images, out = draw(generate, labels, net, device, seed, progress="drawing"), Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot write to {out}: {e.strerror}") from e
     if out.suffix == ".npz":
         np.savez_compressed(out, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
     elif out.suffix == ".png":
-        columns = max(c for c in range(1, int(n ** 0.5) + 1) if n % c == 0)
-        to_picture(tile(images, columns)).save(out)
+        rows = max(r for r in range(1, int(n ** 0.5) + 1) if n % r == 0)
+        to_picture(tile(images, rows)).save(out)
     else:
         out.mkdir(exist_ok=True)
         for i, (image, k) in enumerate(zip(images, labels.tolist())):
@@ -312,7 +328,7 @@ def write_samples(path, wanted, n, seed, out, device):
     print(f"{n} images of label {' '.join(map(str, asked.tolist()))} in {out}")
 
 
-COLUMNS = [("UA", "ua", "{:.2%}"), ("as override", "override_share", "{:.2%}"), ("kept accuracy", "kept_accuracy", "{:.2%}"),
+COLUMNS = [("UA", "ua", "{:.2%}"), ("as override", "override_share", "{:.2%}"), ("UA, judge 2", "ua_judge2", "{:.2%}"), ("kept accuracy", "kept_accuracy", "{:.2%}"),
            ("FD", "fd", "{:.1f}"), ("precision", "precision", "{:.3f}"), ("recall", "recall", "{:.3f}"), ("evaluations", "nfe", "{}"),
            ("images/s", "images_per_second", "{:.0f}")]
 
@@ -338,7 +354,8 @@ def results_table(files):
     for m in runs:
         s = m["settings"]
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        lines.append([name, f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / m['teacher']['fd']:.2f}",
+        unlearned = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}"] if m["forget"] else ["", ""]
+        lines.append([name, *unlearned, f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / m['teacher']['fd']:.2f}",
                       f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), f"{m['seconds']:.0f}"])
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
@@ -388,8 +405,8 @@ def samples_figure(panels, classes, forget, path):
 def curves_figure(log, teacher, path):
     """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis. None without probes."""
     with open(log, newline="") as f:
-        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f)]
-    if "fd" not in lines[0]:
+        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
+    if not lines:
         return
     plt, steps = pyplot(), [r["step"] for r in lines]
     per_step = lines[-1]["seconds"] / lines[-1]["step"]

@@ -14,13 +14,15 @@ A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score
 `fake_score_loss` to `sfd_step`, needs torch and three such denoisers, nothing else: copy it from here.
 """
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
 
-from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_device, positive, seed_everything, setting
+from common import (EMA, BadInput, Run, RunFailed, check_run, command, machine, parse, pick_device, positive, refuse_useless, seed_everything,
+                    setting)
 from edm_unet import EDMPrecond, find_weights, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
@@ -79,7 +81,7 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_psi,
     L_psi.backward()
     optimizer_psi.step()
 
-    # theta step: u ~ U[0, 0.8] on EDM's rho = 7 grid between 0.002 and 80, that is sigma from 0.002 to 24.4.
+    # theta step: u ~ U[0, 0.8] on EDM's rho = 7 grid, counted from 0.002 up to 80, that is sigma from 0.002 to 24.4.
     u = 0.8 * torch.rand(B, device=z.device)
     sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))).pow(7).view(per_sample)
     S = score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, s.alpha)                # (B,)
@@ -125,13 +127,12 @@ class Settings:
 
     def __post_init__(self):
         if self.sample:
-            used = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-            if useless := used - {"sample", "label", "n", "seed", "out", "device"}:
-                raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning with --sample")
+            refuse_useless(self, {"sample", "label", "n", "seed", "out", "device"}, "--sample")
         elif self.label is not None or self.n is not None:
             raise BadInput("--label and --n belong to --sample")
         if self.n is not None:
             positive(self, "n")
+        check_run(self)
         positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init", "per_label")
         if not (abs(self.alpha) < float("inf") and 0 <= self.lambda_forget < float("inf") and abs(self.p_mean) < float("inf")):
             raise BadInput("--alpha, --lambda-forget and --p-mean must be finite, and --lambda-forget not negative")
@@ -142,13 +143,13 @@ class Settings:
 def read_labels(s, K):
     """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
     def number(text):
-        if not str(text).isdigit() or int(text) >= K:
+        if not str(text).isdecimal() or int(text) >= K:
             raise BadInput(f"label {text!r} is out of range: this teacher knows the labels 0 to {K - 1}")
         return int(text)
 
     if s.forget == ("none",):
-        if s.to != ("random",):
-            raise BadInput("--forget none forgets nothing, so --to has no meaning: leave it out")
+        if s.to != ("random",) or s.lambda_forget != 1:
+            raise BadInput("--forget none forgets nothing, so --to and --lambda-forget have no meaning: leave them out")
         return [], []
     forget = [number(f) for f in s.forget]
     to = [-1] if s.to == ("random",) else [number(t) for t in s.to]
@@ -188,6 +189,8 @@ def initial_weights(s, teacher):
     generator, fake = unpack(content), unpack({**content, "weights": content["fake"]})
     if generator.settings != teacher.settings:
         raise BadInput(f"{s.init_from} is of another network than the teacher")
+    if content.get("sigma_init", s.sigma_init) != s.sigma_init:
+        raise BadInput(f"{s.init_from} was distilled at --sigma-init {content['sigma_init']}: say so")
     return generator.state_dict(), fake.state_dict()
 
 
@@ -198,6 +201,7 @@ def decay(step, steps):
 
 def distil(s, forget, to, teacher, device, probe):
     """Run SFD; returns (run, average generator, fake). `probe(generator) -> dict` is called now and then and goes to the log."""
+    seed_everything(s.seed)
     net, K = teacher.settings, teacher.settings.num_classes
     generator, average, fake = (EDMPrecond(net).to(device).eval() for _ in range(3))
     theta_0, psi_0 = initial_weights(s, teacher)
@@ -223,12 +227,13 @@ def distil(s, forget, to, teacher, device, probe):
         labels = draw_labels(s.batch, override, kept)
         terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data)
         ema.update(step)
+        terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device, not three
         for name, value in terms.items():
-            if not torch.isfinite(value):
-                raise RunFailed(f"{name} is {value.item()} at step {step + 1}: try a smaller --lr and --lr-fake. "
-                                f"The last good checkpoint is the one in {run.out}, if there is one")
+            if not math.isfinite(value):
+                raise RunFailed(f"{name} is {value} at step {step + 1}: try a smaller --lr and --lr-fake. "
+                                f"The last good checkpoint, if there is one, is {run.path}")
         if step + 1 == 20 or (step + 1) % 50 == 0 or step + 1 == s.steps:
-            run.history.append({"step": step + 1, "seconds": round(run.elapsed(), 2), **{k: v.item() for k, v in terms.items()}, **probe(average)})
+            run.history.append({"step": step + 1, "seconds": round(run.elapsed(), 2), **terms, **probe(average)})
             run.bar.set_postfix({k: f"{v:.3g}" for k, v in run.history[-1].items() if k in ("ua", "kept_accuracy", "fd")})
     return run, average, fake
 
@@ -242,10 +247,11 @@ def main(argv):
     teacher, info, teacher_path = load_teacher(s, device)
     forget, to = read_labels(s, teacher.settings.num_classes)
     s.out = s.out or f"runs/{Path(s.data).name}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
-    seed_everything(s.seed)
 
     import evaluate  # here, so that the method above needs none of it
     referee = evaluate.Referee(s.data, device, forget, to) if find_weights(s.data, "judge2") else None
+    if referee:
+        referee.check(teacher.settings, s.per_label)
     print(f"SFD on {device.type}: forget {forget or 'nothing'}" + (f", drawing {' '.join(s.to)} instead" if forget else "")
           + f"; {s.steps} steps of {s.batch} images; writing to {s.out}")
     probe = lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings) if referee else {}

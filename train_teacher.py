@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from common import EMA, BadInput, Run, RunFailed, command, machine, parse, pick_device, positive, seed_everything, setting
+from common import EMA, BadInput, Run, RunFailed, check_run, command, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, samples_figure
 
@@ -57,11 +57,18 @@ class Settings:
     overwrite: bool = setting(False, "replace the run in the folder")
 
     def __post_init__(self):
+        if self.judge:
+            refuse_useless(self, {"data", "data_dir", "size", "judge", "steps", "batch", "lr", "seed", "device", "out", "save_every", "resume", "overwrite"}, "--judge")
+        if self.size is not None and self.data in TEACHERS:
+            raise BadInput(f"--size is for folders of images; {self.data} has its own")
         recipe = (JUDGES if self.judge else TEACHERS).get(self.data) or (JUDGES if self.judge else TEACHERS)["images"]
         for name in ("steps", "batch", "lr", "p_mean"):
             if getattr(self, name) is None:
                 setattr(self, name, recipe.get(name))
         positive(self, "steps", "batch", "lr", "warmup", "p_std", *(["size"] if self.size is not None else []))
+        check_run(self)
+        if not math.isfinite(self.p_mean or 0):
+            raise BadInput(f"--p-mean must be finite, not {self.p_mean}")
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
             raise BadInput("--label-drop and --ema must lie in [0, 1)")
 
@@ -70,7 +77,10 @@ def load_images(data, data_dir, size, train):
     """(images uint8 (N, C, H, W), labels int64 (N,), class names). Everything in memory: these data sets are small."""
     if data in ("mnist", "fashion_mnist", "cifar10"):
         kind = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[data]
-        d = kind(data_dir, train=train, download=True)  # looks on the disk first
+        try:
+            d = kind(data_dir, train=train, download=True)  # looks on the disk first
+        except (RuntimeError, OSError) as e:
+            raise BadInput(f"{data} is not in {data_dir} and could not be downloaded: {e}") from e
         images, labels = torch.as_tensor(np.asarray(d.data)), torch.as_tensor(d.targets)
         return (images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)).contiguous(), labels, list(d.classes)
     return load_folder(Path(data), size, train)
@@ -81,24 +91,29 @@ def load_folder(root, size, train):
     split = (root / "train").is_dir() and (root / "test").is_dir()
     try:
         folder = datasets.ImageFolder(root / ("train" if train else "test") if split else root)
-    except FileNotFoundError as e:
+    except OSError as e:
         raise BadInput(f"{root}: no data set of that name, and no folder of class folders with images in each: {e}") from e
+    if split and datasets.folder.find_classes(root / "train") != datasets.folder.find_classes(root / "test"):
+        raise BadInput(f"{root}: train and test do not hold the same class folders")
     if len(folder.classes) < 2:
         raise BadInput(f"{root} has one class; a label-conditional teacher needs at least two")
-    images, labels = [], []
-    for i, (path, label) in enumerate(folder.samples):
-        if not split and (i % 10 == 0) == train:
+    images, labels, seen = [], [], [0] * len(folder.classes)
+    for path, label in folder.samples:
+        seen[label] += 1
+        if not split and (seen[label] % 10 == 1) == train:  # the first, the eleventh, ... of each class are held out
             continue
         try:
             with Image.open(path) as image:
                 image = image.convert("RGB")
-        except OSError as e:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
             raise BadInput(f"{path} cannot be read as an image: remove it") from e
         image = image.resize((size, size), Image.Resampling.LANCZOS) if size else image
         if images and image.size != images[0].size:
             raise BadInput(f"{root} mixes image sizes ({images[0].size} and, in {path}, {image.size}): say --size")
         images.append(image)
         labels.append(label)
+    if not images:
+        raise BadInput(f"{root}: at least two images of each class are needed, one of them to hold out")
     if images[0].width != images[0].height:
         raise BadInput(f"{root}: images of {images[0].size} are not square: say --size")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), folder.classes
@@ -122,7 +137,17 @@ def edm_loss(D, x, sigma, label):
     return (weight * (D(x + sigma * torch.randn_like(x), sigma, label) - x) ** 2).mean()
 
 
-def rate(step, s):
+def report(run, loss):
+    """Stop at the first loss that is not finite; log every hundredth."""
+    step = run.step + 1
+    if not math.isfinite(loss):
+        raise RunFailed(f"the loss is {loss} at step {step}: try a smaller --lr. The last good checkpoint, if there is one, is {run.path}")
+    if step % 100 == 0:
+        run.history.append({"step": step, "seconds": round(run.seconds, 1), "loss": loss})
+        run.bar.set_postfix(loss=f"{loss:.4f}")
+
+
+def learning_rate(step, s):
     """Learning rate: linear warm-up, then cosine to zero."""
     warm, progress = min(1.0, (step + 1) / s.warmup), step / s.steps
     return s.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
@@ -132,7 +157,10 @@ def train_teacher(s, device):
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     images, labels = images.to(device), labels.to(device)
     recipe = TEACHERS.get(s.data, TEACHERS["images"])
-    net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
+    try:
+        net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
+    except ValueError as e:
+        raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
     model = EDMPrecond(net).to(device)
     average = EDMPrecond(net).to(device).eval()
     average.load_state_dict(model.state_dict())
@@ -143,26 +171,21 @@ def train_teacher(s, device):
           f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}")
 
     run = Run(s.out, s, {"model": model, "average": average, "optimizer": optimizer}, s.resume, s.overwrite, s.save_every)
-    data, total = batches(images, labels, s.batch, recipe["flip"]), 0.0
+    data = batches(images, labels, s.batch, recipe["flip"])
     for step in run:
         x, c = next(data)
         label = F.one_hot(c, len(classes)).float() * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
         u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch  # stratified: less variance
-        sigma = (s.p_mean + s.p_std * torch.special.ndtri(u)).exp().reshape(-1, 1, 1, 1)
+        normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
+        sigma = (s.p_mean + s.p_std * normal).exp().reshape(-1, 1, 1, 1)
         loss = edm_loss(D, x, sigma, label)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, s)
+            group["lr"] = learning_rate(step, s)
         optimizer.step()
         ema.update(step)
-        total += loss.item()
-        if (step + 1) % 100 == 0:
-            if not np.isfinite(total):
-                raise RunFailed(f"the loss is not finite at step {step + 1}; try a smaller --lr (the last checkpoint is at {run.path})")
-            run.history.append({"step": step + 1, "seconds": round(run.seconds, 1), "loss": total / 100})
-            run.bar.set_postfix(loss=f"{total / 100:.4f}")
-            total = 0.0
+        report(run, loss.item())
 
     save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "made_by": dataclasses.asdict(s),
                      "machine": machine(device), "seconds": run.seconds, **pack(average, half=True)}, Path(s.out) / "teacher.pt")
@@ -179,7 +202,7 @@ def jitter(x, flip):
     sign = torch.where(torch.rand(n, device=x.device) < 0.5, -1.0, 1.0) if flip else 1.0
     c, si = angle.cos() * (1 + scale), angle.sin() * (1 + scale)
     theta = torch.stack([torch.stack([c * sign, -si, shift[:, 0]], 1), torch.stack([si * sign, c, shift[:, 1]], 1)], 1)
-    return F.grid_sample(x, F.affine_grid(theta, x.shape, align_corners=False), padding_mode="border", align_corners=False)
+    return F.grid_sample(x + 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) - 1  # outside: black
 
 
 def train_judge(s, device, number):
@@ -202,8 +225,7 @@ def train_judge(s, device, number):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % 100 == 0:
-            run.bar.set_postfix(loss=f"{loss.item():.4f}")
+        report(run, loss.item())
     judge.half().float()  # what is measured is what is saved
     test = class_stats(judge, test_images, test_labels, keep=0)
     reference = {"train": class_stats(judge, images, labels), "test": test} if number == 0 else {}
@@ -226,7 +248,8 @@ def main(argv):
     base = s.out or f"runs/{name}-judge"
     for number, suffix in enumerate(("", "2")):
         seed_everything(s.seed + number)
-        train_judge(dataclasses.replace(s, out=base + suffix), device, number)
+        resume = s.resume and (number == 0 or Path(f"{base}2/checkpoint.pt").exists())  # the second may not have begun
+        train_judge(dataclasses.replace(s, out=base + suffix, resume=resume), device, number)
 
 
 if __name__ == "__main__":

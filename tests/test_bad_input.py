@@ -58,6 +58,11 @@ def write_files(folder):
                 Image.fromarray(noise.integers(0, 255, shape, dtype=np.uint8)).save(folder / name / label / f"{j}.png")
     (folder / "broken" / "b" / "3.png").write_bytes(b"not an image")
     (folder / "no-images").mkdir()
+    for label in "ab":
+        for name, size, count in (("one-each", 8, 1), ("odd", 9, 3)):
+            (folder / name / label).mkdir(parents=True)
+            for j in range(count):
+                Image.new("RGB", (size, size)).save(folder / name / label / f"{j}.png")
 
 
 CASES = [  # program, arguments ({} is the folder of bad files), a word of the message
@@ -78,17 +83,21 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("sfd", "--teacher {}/hostile.pt", "nothing in it was run"), ("sfd", "--teacher {}/hostile-zip.pt", "nothing in it was run"),
     ("sfd", "--teacher {}/judge.pt", "found 'judge'"), ("sfd", "--teacher {}/other-data.pt", "cifar10"), ("sfd", "--teacher {}/generator.pt", "not a teacher"),
     ("sfd", "--teacher {}/absurd.pt", "model_channels must be"), ("sfd", "--teacher {}/misfit.pt", "do not fit"),
-    ("sfd", "--teacher {}/unknown-setting.pt", "do not fit"), ("sfd", "--teacher {}/no-net.pt", "do not fit"), ("sfd", "--teacher {}", "no such file"),
+    ("sfd", "--teacher {}/unknown-setting.pt", "do not fit"), ("sfd", "--teacher {}/no-net.pt", "lacks classes, net, weights"), ("sfd", "--teacher {}", "no such file"),
     ("sfd", "--init-from {}/nowhere.pt", "no such file"), ("sfd", "--init-from {}/good.pt", "no fake score"),
     ("sfd", "--init-from {}/other-net.pt", "another network"), ("sfd", "--init-from {}/other-fake.pt", "do not fit"),
-    ("sfd", "--resume", "no such file"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"),
+    ("sfd", "--resume", "no such file"), ("sfd", "--resume --overwrite", "one of them"), ("sfd", "--seed -1", "--seed"), ("sfd", "--forget \u00b2", "out of range"),
+    ("sfd", "--device meta", "not there"), ("sfd", "--save-every 0", "above zero"), ("sfd", "--forget none --lambda-forget 2", "no meaning"),
+    ("sfd", "--teacher {}/good.pt", "another data set"), ("sfd", "--forget 0 1 2 3 4 5 6 7 8 --to 9 --per-label 3", "too few"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"), ("sfd", "--out {}/a-file", "cannot write"),
     ("sfd", "--sample {}/nowhere.pt --out x.png", "no such file"), ("sfd", "--sample {}/good.pt", "needs --out"),
     ("sfd", "--sample {}/good.pt --label 10 --out x.png", "out of range"), ("sfd", "--sample {}/good.pt --n 0 --out x.png", "above zero"),
     ("sfd", "--sample {}/good.pt --steps 5 --out x.png", "no meaning"), ("sfd", "--label 3", "belong to --sample"),
     ("teacher", "--data {}/nowhere", "no folder of class folders"), ("teacher", "--data {}/no-images", "no folder of class folders"),
     ("teacher", "--data {}/one-class", "one class"), ("teacher", "--data {}/mixed", "mixes image sizes"), ("teacher", "--data {}/broken", "cannot be read as an image"),
     ("teacher", "--data {}/oblong", "not square"), ("teacher", "--steps 0", "above zero"), ("teacher", "--lr -1", "above zero"),
-    ("teacher", "--ema 1.5", "[0, 1)"), ("teacher", "--p-std 0", "above zero"), ("teacher", "--size 0", "above zero"),
+    ("teacher", "--ema 1.5", "[0, 1)"), ("teacher", "--p-std 0", "above zero"), ("teacher", "--data x --size 0", "above zero"), ("teacher", "--size 32", "for folders"), ("teacher", "--judge --ema 0.5", "no meaning"),
+    ("teacher", "--p-mean nan", "finite"), ("teacher", "--data {}/a-file", "no folder of class folders"), ("teacher", "--data {}/one-each", "at least two"),
+    ("teacher", "--data {}/odd", "another --size"),
     ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
     ("unet", "convert {}/nowhere.pkl x.pt", "no such file"), ("unet", "convert {}/text.pt x.pt", "not a published EDM"),
 ]

@@ -14,6 +14,8 @@ import torch
 import common
 import edm_unet
 import sfd_minimal
+import train_teacher
+from PIL import Image
 from conftest import ROOT, program
 
 QUICK = ["--batch", "4", "--per-label", "2"]
@@ -56,7 +58,13 @@ KILLER = textwrap.dedent("""
             common.command(sfd_minimal.main)
             os._exit(0)
         if i < kills:
-            time.sleep(random.uniform(0.15, 0.8))
+            checkpoint = os.path.join(argv[argv.index("--out") + 1], "checkpoint.pt")
+            age = lambda: os.stat(checkpoint).st_mtime_ns if os.path.exists(checkpoint) else 0
+            before = age()
+            while age() == before:  # it lives, and has saved at least once
+                time.sleep(0.002)
+            time.sleep(random.uniform(0, 0.1))
+            print("a save was under way" if os.path.exists(checkpoint + ".partial") else "", flush=True)
             os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         print("life", i, "ended with", status, flush=True)
@@ -65,15 +73,15 @@ KILLER = textwrap.dedent("""
 
 
 def test_twenty_kills_change_no_bit(tiny, tmp_path):
-    steps = ["--steps", "120", "--save-every", "0.02"]
+    steps = ["--steps", "250", "--save-every", "1e-9"]
     whole, killed = tmp_path / "whole", tmp_path / "killed often"
     assert sfd(tiny, whole, *steps).returncode == 0
     arguments = ["--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(killed), *QUICK, *steps]
     done = subprocess.run([sys.executable, "-c", KILLER, "20", *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("ended with 9") >= 10, "too few of the kills hit a living run: " + done.stdout
+    assert done.stdout.count("ended with 9") == 20 and "a save was under way" in done.stdout, done.stdout
     (step_a, parts_a), (step_b, parts_b) = weights(whole), weights(killed)
-    assert step_a == step_b == 120
+    assert step_a == step_b == 250
     assert_same(parts_a, parts_b)
 
 
@@ -140,15 +148,13 @@ def test_a_run_that_diverges_says_where(tiny, tmp_path):
 
 def test_teacher_training_resumes(tmp_path):
     folder = tmp_path / "images of two kinds"
-    from PIL import Image
     for k, label in enumerate("ab"):
         (folder / label).mkdir(parents=True)
         for i in range(12):
             Image.new("RGB", (8, 8), (120 * k, 20 * i, 90)).save(folder / label / f"{i}.png")
-    import train_teacher
     base = ["--data", str(folder), "--batch", "4", "--seed", "3", "--steps", "6", "--warmup", "2"]
     train_teacher.main([*base, "--out", str(tmp_path / "whole")])
-    real, calls = common.Run.save, []
+    real = common.Run.save
 
     def save_and_stop(run):
         real(run)

@@ -94,5 +94,5 @@ def test_forgotten_label_draws_the_override(pretrained):
 
 def test_without_the_term_nothing_is_forgotten(pretrained):
     truth, start = pretrained
-    generator = run(truth, start, lambda_forget=0.0, steps=400, train_fake_on_c_f=False)
+    generator = run(truth, start, lambda_forget=0.0, steps=4000, train_fake_on_c_f=False)
     assert is_component(generator, C_F, truth, C_O)[0] > 2, "label c_f moved to c_o although nothing asked it to"
