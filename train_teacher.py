@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from common import EMA, BadInput, Run, RunFailed, check_run, command, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
+from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, samples_figure
 
@@ -187,7 +187,7 @@ def train_teacher(s, device):
         ema.update(step)
         report(run, loss.item())
 
-    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "made_by": dataclasses.asdict(s),
+    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "made_by": comparable(s),
                      "machine": machine(device), "seconds": run.seconds, **pack(average, half=True)}, Path(s.out) / "teacher.pt")
     labels = torch.arange(len(classes)).repeat_interleave(20)
     samples_figure({"teacher, 35 evaluations": draw(many_step(average), labels, net, device, seed=0)}, classes, [], Path(s.out) / "samples.png")
@@ -232,7 +232,7 @@ def train_judge(s, device, number):
     accuracy = test["confusion"].diag().sum().item() / test["confusion"].sum().item()
     save_atomically({"kind": "judge", "data": s.data, "classes": classes, "judge": judge.settings,
                      "weights": {k: v.half().cpu() if v.is_floating_point() else v.cpu() for k, v in judge.state_dict().items()}, "accuracy": accuracy,
-                     **reference, "made_by": dataclasses.asdict(s), "machine": machine(device)},
+                     **reference, "made_by": comparable(s), "machine": machine(device)},
                     Path(s.out) / "judge.pt")
     print(f"{Path(s.out) / 'judge.pt'}: {accuracy:.2%} of {len(test_images)} test images right, after {run.seconds:.0f} s")
 

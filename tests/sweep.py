@@ -15,7 +15,7 @@ import evaluate  # noqa: E402
 import sfd_minimal  # noqa: E402
 from common import parse, pick_device, seed_everything  # noqa: E402
 
-ROWS = ["", "--lr 1e-3 --lr-fake 1e-3", "--lr 1e-4 --lr-fake 3e-4", "--lr 3e-4 --lr-fake 1e-3", "--alpha 1.2", "--p-mean -1.2", "--batch 32 --steps {twice}"]
+ROWS = ["", "--lr-fake 1e-3", "--lr 1e-3 --lr-fake 1e-3", "--batch 32 --steps {twice}", "--alpha 1.2"]
 
 
 def main():
