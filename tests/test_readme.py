@@ -1,5 +1,6 @@
 """What the README says is so: its commands parse, its settings exist, its table is the one that the results make."""
 import dataclasses
+import json
 import re
 import shlex
 
@@ -10,6 +11,7 @@ import evaluate
 import sfd_minimal
 import train_teacher
 from conftest import ROOT
+from edm_unet import read_file
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
@@ -49,6 +51,25 @@ def test_lines_of_code_quoted_are_in_the_file():
 def test_table_is_made_from_the_results():
     table = README.split("<!-- table -->")[1].split("<!-- end of table -->")[0].strip()
     assert table == evaluate.results_table(sorted((ROOT / "results").glob("*.json")))
+
+
+def test_headline_is_the_main_run():
+    m = json.loads((ROOT / "results" / "mnist-forget0-to1.json").read_text())
+    assert m["settings"]["forget"] == ["0"] and m["settings"]["to"] == ["1"] and not m["settings"]["init_from"]
+    defaults = {f.name: f.default for f in dataclasses.fields(sfd_minimal.Settings)}
+    assert {k for k, v in m["settings"].items() if v != (list(defaults[k]) if isinstance(defaults[k], tuple) else defaults[k])} <= {"to", "out", "resume", "overwrite"}
+    head = README.split("Run it")[0]
+    for number in (f"UA {m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}", f"{m['teacher']['kept_accuracy']:.2%}", f"FD {m['fd']:.2f}",
+                   f"{m['teacher']['fd']:.2f}", f"{m['fd_floor']:.2f}", f"{m['seconds']:.0f} s", m["machine"]["torch"].split("+")[0]):
+        assert number in head, number
+
+
+def test_teachers_readme_says_what_was_measured():
+    text = (ROOT / "teachers" / "README.md").read_text()
+    measured = read_file(ROOT / "teachers" / "mnist_measured.pt", "measured")
+    confusion = measured["stats"]["confusion"]
+    assert f"{100 * confusion.diag().sum().item() / confusion.sum().item():.2f}" in text
+    assert " | ".join(f"{100 * a:.1f}" for a in (confusion.diag() / confusion.sum(1)).tolist()) in text
 
 
 def test_files_named_exist():
