@@ -23,7 +23,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("a user")
     script = folder / "offline.py"
     script.write_text("""
-import runpy, socket, sys
+import os, runpy, socket, sys
 
 class NoTorchvision:
     def find_spec(self, name, path=None, target=None):
@@ -34,9 +34,9 @@ def forbidden(*args, **kw):
     raise OSError("sockets are forbidden here")
 
 sys.meta_path.insert(0, NoTorchvision())
-socket.socket.connect = socket.create_connection = forbidden
+socket.socket.__init__ = socket.create_connection = socket.getaddrinfo = forbidden
 del sys.argv[0]
-sys.path.insert(0, sys.argv[0].rsplit("/", 1)[0])
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
     out = run(sys.executable, script, ROOT / "sfd_minimal.py", "--forget", 0, "--to", 1, "--steps", 3, "--batch", 8, "--per-label", 4, cwd=folder)

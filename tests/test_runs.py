@@ -72,6 +72,25 @@ KILLER = textwrap.dedent("""
 """)
 
 
+def test_a_run_leaves_the_teacher_as_it_was(tiny, tmp_path):
+    s = sfd_minimal.Settings(teacher=str(tiny), out=str(tmp_path / "run"), batch=4, steps=3, forget=("0",), to=("1",))
+    teacher, _, _ = sfd_minimal.load_teacher(s, torch.device("cpu"))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    _, average, fake = sfd_minimal.distil(s, [0], [1], teacher, torch.device("cpu"), lambda G: {})
+    assert_same(teacher.state_dict(), before)
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert all(p.grad is not None for p in fake.parameters())
+    for model in (average, fake):
+        assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_no_gpu_is_touched_by_an_import():
+    code = ("import torch; torch.cuda.is_available = torch.cuda._lazy_init = lambda *a, **k: 1 / 0\n"
+            "import sfd_minimal, train_teacher, evaluate, edm_unet, edm_pickle, common")
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to live twenty times in the time of two imports")
 def test_twenty_kills_change_no_bit(tiny, tmp_path):
     steps = ["--steps", "250", "--save-every", "1e-9"]
     whole, killed = tmp_path / "whole", tmp_path / "killed often"
@@ -96,6 +115,7 @@ def test_same_seed_same_metrics(tiny, tmp_path):
     assert json.loads((tmp_path / "c" / "metrics.json").read_text())["fd"] != json.loads((tmp_path / "a" / "metrics.json").read_text())["fd"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     out = tmp_path / "run"
     command = [*program("sfd_minimal.py"), "--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "100000", "--save-every", "0.1"]
@@ -110,6 +130,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert weights(out)[0] > 0
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on file sizes")
 def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
     out = tmp_path / "run"
     assert sfd(tiny, out, "--steps", "2").returncode == 0
