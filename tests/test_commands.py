@@ -17,6 +17,11 @@ def run(*command, cwd, **kw):
     return done.stdout
 
 
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The main command with torchvision unimportable and no sockets: SFD needs neither data nor a network."""
@@ -77,13 +82,14 @@ def test_samples_in_every_form(finished):
     cwd = folder.parent.parent
     common = (*program("sfd_minimal.py"), "--sample", folder / "generator.pt", "--label", 3, 5, "--n", 6, "--seed", 7, "--out")
     run(*common, "some images.npz", cwd=cwd)
-    data = np.load(cwd / "some images.npz")
+    with np.load(cwd / "some images.npz") as file:
+        data = dict(file)
     assert data["images"].shape == (6, 28, 28, 1) and data["images"].dtype == np.uint8 and data["labels"].tolist() == [3, 3, 3, 5, 5, 5]
     run(*common, "grid.png", cwd=cwd)
-    assert Image.open(cwd / "grid.png").size[0] * Image.open(cwd / "grid.png").size[1] == 6 * 28 * 28
+    assert pixels(cwd / "grid.png").size == 6 * 28 * 28
     run(*common, "folder", cwd=cwd)
     files = sorted((cwd / "folder").iterdir())
-    assert len(files) == 6 and np.array_equal(np.asarray(Image.open(files[4])), data["images"][4, :, :, 0])
+    assert len(files) == 6 and np.array_equal(pixels(files[4]), data["images"][4, :, :, 0])
 
 
 def test_several_labels_random_and_two_stages(tiny, tmp_path):

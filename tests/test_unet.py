@@ -14,8 +14,9 @@ GOLDEN_NET = NetSettings(resolution=16, channels=3, model_channels=16, channel_m
 
 
 def golden():
-    data = np.load(GOLDEN)
-    weights = {k.removeprefix("param/"): torch.tensor(data[k]) for k in data.files
+    with np.load(GOLDEN) as file:
+        data = {k: file[k] for k in file.files}
+    weights = {k.removeprefix("param/"): torch.tensor(data[k]) for k in data
                if k.startswith("param/") and "resample_filter" not in k and "map_augment" not in k}
     return weights, *(torch.tensor(data[k]) for k in ("x", "sigma", "class_labels", "D_x"))
 
@@ -124,7 +125,7 @@ def test_checkpoint_keeps_the_network(tmp_path):
     model = EDMPrecond(GOLDEN_NET).eval()
     model.load_state_dict(weights)
     for half, tolerance in ((False, 1e-6), (True, 2e-3)):
-        edm_unet.save_atomically({"kind": "denoiser", "data": "x", **edm_unet.pack(model, half)}, tmp_path / "net.pt")
+        edm_unet.save_atomically({"kind": "denoiser", "data": "x", "classes": [], **edm_unet.pack(model, half)}, tmp_path / "net.pt")
         again, info = edm_unet.load_checkpoint(tmp_path / "net.pt")
         again.bf16 = False
         assert again.settings == GOLDEN_NET and info["data"] == "x"
