@@ -1,6 +1,5 @@
 """The weights that come with the project are what their numbers say, on a few hundred samples."""
 import json
-from pathlib import Path
 
 import pytest
 import torch
