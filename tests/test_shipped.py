@@ -12,6 +12,7 @@ TEACHERS = ROOT / "teachers"
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(scope="module")
 def judged():
     """200 images of the teacher by 35 evaluations, seen by both judges."""
     teacher, _ = load_checkpoint(TEACHERS / "mnist.pt")
