@@ -80,6 +80,13 @@ def positive(s, *names):
             raise BadInput(f"--{name.replace('_', '-')} must be above zero and finite, not {value}")
 
 
+def label_number(text, K):
+    """The label that a word of the command line names, 0 to K - 1; BadInput for anything else."""
+    if not text.isdecimal() or int(text) >= K:
+        raise BadInput(f"label {text!r} is out of range: this network knows the labels 0 to {K - 1}")
+    return int(text)
+
+
 def pick_device(name):
     """torch.device for 'auto' (cuda, else mps, else cpu) or for the one named; BadInput if it is not there."""
     if name == "auto":

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import BadInput, Parser, command, machine, pick_device, positive
+from common import BadInput, Parser, command, label_number, machine, pick_device, positive
 from edm_unet import find_weights, heun_sampler, load_checkpoint, read_file, save_atomically
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
@@ -306,10 +306,7 @@ def write_samples(path, wanted, n, seed, out, device):
     net, generate = model.settings, one_step(model, info["sigma_init"]) if "sigma_init" in info else many_step(model)
     if not out:
         raise BadInput("--sample needs --out: a .npz or .png file, or a folder")
-    for k in wanted or []:
-        if not k.isdecimal() or int(k) >= net.num_classes:
-            raise BadInput(f"label {k!r} is out of range: {path} knows the labels 0 to {net.num_classes - 1}")
-    asked = torch.tensor([int(k) for k in wanted] if wanted else range(net.num_classes))
+    asked = torch.tensor([label_number(k, net.num_classes) for k in wanted] if wanted else range(net.num_classes))
     labels = asked[torch.arange(n) * len(asked) // n]
     images, out = draw(generate, labels, net, device, seed, progress="drawing"), Path(out)
     try:
@@ -347,16 +344,19 @@ def results_table(files):
     """The README's table, from committed metrics.json files: first what is to be beaten, then one row per run."""
     runs = [json.loads(Path(f).read_text()) for f in files]
     first, lines = runs[0], []
-    for name, m in (("teacher", first["teacher"]), ("one step, nothing forgotten", first["un_erased"])):
-        if m:
-            lines.append([name, "", "", f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", "1.00" if name == "teacher" else f"{m['fd'] / first['teacher']['fd']:.2f}",
-                          f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), ""])
+
+    def add(name, m, teacher, seconds):
+        unlearned = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}"] if seconds and m["forget"] else ["", ""]
+        lines.append([name, *unlearned, f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / teacher['fd']:.2f}", f"{m['precision']:.3f}",
+                      f"{m['recall']:.3f}", str(m["nfe"]), seconds])
+
+    add("teacher", first["teacher"], first["teacher"], "")
+    if first["un_erased"]:
+        add("one step, nothing forgotten", first["un_erased"], first["teacher"], "")
     for m in runs:
         s = m["settings"]
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        unlearned = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}"] if m["forget"] else ["", ""]
-        lines.append([name, *unlearned, f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / m['teacher']['fd']:.2f}",
-                      f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), f"{m['seconds']:.0f}"])
+        add(name, m, m["teacher"], f"{m['seconds']:.0f}")
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
 

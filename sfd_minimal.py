@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import (EMA, BadInput, Run, RunFailed, check_run, command, machine, parse, pick_device, positive, refuse_useless, seed_everything,
-                    setting)
+from common import (EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, refuse_useless,
+                    seed_everything, setting)
 from edm_unet import EDMPrecond, find_weights, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
@@ -142,17 +142,12 @@ class Settings:
 
 def read_labels(s, K):
     """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
-    def number(text):
-        if not str(text).isdecimal() or int(text) >= K:
-            raise BadInput(f"label {text!r} is out of range: this teacher knows the labels 0 to {K - 1}")
-        return int(text)
-
     if s.forget == ("none",):
         if s.to != ("random",) or s.lambda_forget != 1:
             raise BadInput("--forget none forgets nothing, so --to and --lambda-forget have no meaning: leave them out")
         return [], []
-    forget = [number(f) for f in s.forget]
-    to = [-1] if s.to == ("random",) else [number(t) for t in s.to]
+    forget = [label_number(f, K) for f in s.forget]
+    to = [-1] if s.to == ("random",) else [label_number(t, K) for t in s.to]
     if len(set(forget)) < len(forget):
         raise BadInput(f"--forget names a label twice: {' '.join(s.forget)}")
     if len(forget) == K:

@@ -34,6 +34,10 @@ JUDGES["fashion_mnist"] = JUDGES["mnist"]
 JUDGES["images"] = JUDGES["cifar10"]
 
 
+def recipe_of(data, table):
+    return table.get(data, table["images"])
+
+
 @dataclass
 class Settings:
     data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
@@ -61,7 +65,7 @@ class Settings:
             refuse_useless(self, {"data", "data_dir", "size", "judge", "steps", "batch", "lr", "seed", "device", "out", "save_every", "resume", "overwrite"}, "--judge")
         if self.size is not None and self.data in TEACHERS:
             raise BadInput(f"--size is for folders of images; {self.data} has its own")
-        recipe = (JUDGES if self.judge else TEACHERS).get(self.data) or (JUDGES if self.judge else TEACHERS)["images"]
+        recipe = recipe_of(self.data, JUDGES if self.judge else TEACHERS)
         for name in ("steps", "batch", "lr", "p_mean"):
             if getattr(self, name) is None:
                 setattr(self, name, recipe.get(name))
@@ -156,7 +160,7 @@ def learning_rate(step, s):
 def train_teacher(s, device):
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     images, labels = images.to(device), labels.to(device)
-    recipe = TEACHERS.get(s.data, TEACHERS["images"])
+    recipe = recipe_of(s.data, TEACHERS)
     try:
         net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
     except ValueError as e:
@@ -210,9 +214,9 @@ def train_judge(s, device, number):
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     test_images, test_labels, _ = load_images(s.data, s.data_dir, s.size, train=False)
     images, labels = images.to(device), labels.to(device)
-    judge = Judge(**JUDGES.get(s.data, JUDGES["images"])["nets"][number], resolution=images.shape[2], channels=images.shape[1],
+    judge = Judge(**recipe_of(s.data, JUDGES)["nets"][number], resolution=images.shape[2], channels=images.shape[1],
                   num_classes=len(classes)).to(device)
-    flip = TEACHERS.get(s.data, TEACHERS["images"])["flip"]
+    flip = recipe_of(s.data, TEACHERS)["flip"]
     optimizer = torch.optim.Adam(judge.parameters(), lr=s.lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1)
     run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite, s.save_every)
