@@ -248,5 +248,5 @@ def set_rng_states(states):
 
 def comparable(settings):
     """The settings that must not change between a run and its continuation: all but those that leave the training as it is."""
-    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every", "per_label", "sample", "label", "n"}
+    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every", "per_label", "fold", "sample", "label", "n"}
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ignored}

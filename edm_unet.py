@@ -36,6 +36,7 @@ class NetSettings:
     patch: int = 1                  # pixels are folded patch x patch into channels before the net, unfolded after it
     dropout: float = 0.0            # inside the residual blocks, in training mode only
     sigma_data: float = 0.5         # standard deviation of the images, in EDM's preconditioning
+    folded: bool = False            # the label picks a row of a table, and the noise level is no input: see `fold`
 
     def __post_init__(self):
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
@@ -100,11 +101,14 @@ class UNet(nn.Module):
 
     def __init__(self, s: NetSettings):
         super().__init__()
-        self.patch, self.emb_half = s.patch, s.model_channels // 2
+        self.patch, self.emb_half, self.folded = s.patch, s.model_channels // 2, s.folded
         image_channels, emb_dim = s.channels * s.patch ** 2, 4 * s.model_channels
-        self.map_label = nn.Linear(s.num_classes, s.model_channels)
-        self.map_layer0 = nn.Linear(s.model_channels, emb_dim)
-        self.map_layer1 = nn.Linear(emb_dim, emb_dim)
+        if s.folded:
+            self.table = nn.Linear(s.num_classes, emb_dim, bias=False)
+        else:
+            self.map_label = nn.Linear(s.num_classes, s.model_channels)
+            self.map_layer0 = nn.Linear(s.model_channels, emb_dim)
+            self.map_layer1 = nn.Linear(emb_dim, emb_dim)
         block = functools.partial(Block, emb_dim=emb_dim, dropout=s.dropout)
 
         self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
@@ -135,12 +139,16 @@ class UNet(nn.Module):
         self.dec[f"{res}x{res}_aux_norm"] = group_norm(c)
         self.dec[f"{res}x{res}_aux_conv"] = nn.Conv2d(c, image_channels, 3, padding=1)
 
-    def forward(self, x, c_noise, label):
-        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=x.device) / (self.emb_half - 1))
+    def embedding(self, c_noise, label):
+        if self.folded:
+            return self.table(label)
+        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=label.device) / (self.emb_half - 1))
         angle = c_noise[:, None] * frequency
         emb = torch.cat([angle.sin(), angle.cos()], 1) + self.map_label(label * math.sqrt(label.shape[1]))
-        emb = F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
+    def forward(self, x, c_noise, label):
+        emb = self.embedding(c_noise, label)
         x, skips = F.pixel_unshuffle(x, self.patch), []
         for layer in self.enc.values():
             x = layer(x, emb) if isinstance(layer, Block) else layer(x)
@@ -174,20 +182,33 @@ class EDMPrecond(nn.Module):
         return c_skip * x + c_out * F_x.float()
 
 
+@torch.no_grad()
+def fold(model, sigma):
+    """A copy of a one-step generator that knows no noise level but `sigma`: the embeddings of (sigma, label) become a table of K rows, and the
+    layers that made them are gone. The same images under one-hot labels; a mix of labels mixes rows; at another sigma it is no denoiser."""
+    K, parameter = model.settings.num_classes, next(model.parameters())
+    c_noise = torch.full((K,), math.log(sigma) / 4, device=parameter.device)
+    kept = {k: v for k, v in model.state_dict().items() if not k.startswith("model.map_")}
+    folded = EDMPrecond(dataclasses.replace(model.settings, folded=True)).to(parameter.device).eval()
+    folded.load_state_dict(kept | {"model.table.weight": model.model.embedding(c_noise, torch.eye(K, device=parameter.device)).T})
+    folded.bf16 = model.bf16
+    return folded
+
+
 def sigma_grid(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     """Noise level at the fraction u in [0, 1] of EDM's grid, from sigma_max (u = 0) to sigma_min (u = 1): eq. 5, continuous in u."""
     return (sigma_max ** (1 / rho) + u * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
 @torch.no_grad()
-def heun_sampler(D, z, label, steps=18, guidance=1.0):
+def heun_sampler(D, z, label, steps=18, guidance=1.0, sigma_max=80.0):
     """EDM's deterministic second-order sampler (Karras et al. 2022, algorithm 1): 2 * steps - 1 evaluations of D.
 
-    z (B, ...) standard normal noise, label (B, K); guidance w moves D to D(0) + w (D(label) - D(0)), at twice the cost.
+    z (B, ...) standard normal noise, label (B, K), sampling starts from sigma_max * z; guidance w moves D to D(0) + w (D(label) - D(0)), at twice the cost.
     Returns samples of z's shape and dtype; the state in between is float64, float32 on devices that have no float64.
     """
     dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    sigmas = torch.cat([sigma_grid(torch.linspace(0, 1, steps, dtype=dtype, device=z.device)), z.new_zeros(1, dtype=dtype)])
+    sigmas = torch.cat([sigma_grid(torch.linspace(0, 1, steps, dtype=dtype, device=z.device), sigma_max=sigma_max), z.new_zeros(1, dtype=dtype)])
 
     def slope(x, sigma):  # dx/dsigma of the probability flow, eq. 3
         D_x = D(x, sigma, label).to(dtype)

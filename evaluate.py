@@ -5,7 +5,6 @@
 An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside it, which is
 the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number comes from those.
 """
-import csv
 import hashlib
 import json
 import time
@@ -13,13 +12,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import BadInput, Parser, command, label_number, machine, pick_device, positive
 from edm_unet import find_weights, heun_sampler, load_checkpoint, read_file, save_atomically
+from figures import curves_figure, samples_figure, tile, to_picture
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
 PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
@@ -186,6 +185,14 @@ def many_step(teacher):
     return lambda z, c: heun_sampler(teacher, z, c, TEACHER_STEPS)
 
 
+def load_generator(path, device):
+    """(generate(z, one-hot) -> images, network, evaluations per image) of a one-step generator's file, or of a teacher's."""
+    network, info = load_checkpoint(path, device)
+    if "sigma_init" in info:
+        return one_step(network, info["sigma_init"]), network, 1
+    return many_step(network), network, 2 * TEACHER_STEPS - 1
+
+
 def images_per_second(generate, net, device, n):
     labels = torch.arange(n) % net.num_classes
     draw(generate, labels[:10], net, device, 0)
@@ -302,8 +309,8 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
 
 def write_samples(path, wanted, n, seed, out, device):
     """n images, the wanted labels in equal shares, from a one-step generator or a teacher, as .npz, one .png grid, or a folder."""
-    model, info = load_checkpoint(path, device)
-    net, generate = model.settings, one_step(model, info["sigma_init"]) if "sigma_init" in info else many_step(model)
+    generate, network, _ = load_generator(path, device)
+    net = network.settings
     if not out:
         raise BadInput("--sample needs --out: a .npz or .png file, or a folder")
     asked = torch.tensor([label_number(k, net.num_classes) for k in wanted] if wanted else range(net.num_classes))
@@ -361,82 +368,21 @@ def results_table(files):
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
 
 
-# ------------------------------------------------------------------------------------------------------------------- pictures
-
-FORGOTTEN = "#d55e00"  # the colour of the forgotten class in every figure; colour-blind safe, like the blue beside it
-KEPT = "#0072b2"
-
-
-def tile(images, rows):
-    """uint8 (N, C, H, W) -> one picture (rows*H, N/rows*W, C), row by row."""
-    n, c, h, w = images.shape
-    return images.reshape(rows, n // rows, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, n // rows * w, c).numpy()
-
-
-def to_picture(array):
-    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def samples_figure(panels, classes, forget, path):
-    """{title: uint8 images, sorted by label}: panels one above the other, one row per label, the forgotten rows marked."""
-    plt, K = pyplot(), len(classes)
-    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False)
-    for ax, (title, images) in zip(axes[:, 0], panels.items()):
-        h = images.shape[2]
-        picture = tile(images, K)
-        ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-        ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
-        ax.set_xticks([])
-        ax.set_title(title, loc="left")
-        for k in forget:
-            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
-            ax.get_yticklabels()[k].set(color=FORGOTTEN, fontweight="bold")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
-def curves_figure(log, teacher, path):
-    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis. None without probes."""
-    with open(log, newline="") as f:
-        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
-    if not lines:
-        return
-    plt, steps = pyplot(), [r["step"] for r in lines]
-    per_step = lines[-1]["seconds"] / lines[-1]["step"]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    if "ua" in lines[0]:
-        left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
-    left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT, label="accuracy on kept classes")
-    left.axhline(100 * teacher["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
-    left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
-    left.legend(loc="lower right")
-    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
-    right.axhline(teacher["fd"], color="gray", ls="--", lw=1, label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
-    right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")
-    right.legend()
-    for ax in (left, right):
-        ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-
-
 def main(argv):
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="folder of a run of sfd_minimal.py; or the word 'table', for the README's table from results/*.json")
     parser.add_argument("--per-label", type=int, default=PER_LABEL, help="images judged under each label; five times as many under a forgotten one")
     parser.add_argument("--teacher", help="its teacher, if it is no longer where it was")
+    parser.add_argument("--audit", action="store_true", help="can it come back? six attempts, with real images")
+    parser.add_argument("--data-dir", default="data", help="where torchvision keeps or downloads the images for --audit")
     parser.add_argument("--device", default="auto")
     a = parser.parse_args(argv)
     positive(a, "per_label")
+    if a.audit:
+        from audit import audit
+        return audit(a.run, pick_device(a.device), a.data_dir)
     if a.run == "table":
-        return print(results_table(sorted((HERE / "results").glob("*.json"))))
+        return print(results_table(sorted((HERE / "results").glob("*-*.json"))))
     if not (Path(a.run) / "generator.pt").exists():
         raise BadInput(f"{a.run} holds no generator.pt")
     verdict(a.run, pick_device(a.device), a.per_label, a.teacher)

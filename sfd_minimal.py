@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from common import (EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, refuse_useless,
                     seed_everything, setting)
-from edm_unet import EDMPrecond, find_weights, load_checkpoint, pack, read_file, save_atomically, unpack
+from edm_unet import EDMPrecond, find_weights, fold, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
 # ---------------------------------------------------------------------------------------------------------------- the method
@@ -113,6 +113,7 @@ class Settings:
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
     ema: float = setting(0.99, "decay of the average of the generator's weights, which is what is judged and kept")
+    fold: bool = setting(False, "write a generator.pt that can be asked at no other noise level: it has a table where the noise level went in")
     per_label: int = setting(1000, "images judged under each label at the end; five times as many under a forgotten one")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
@@ -227,7 +228,7 @@ def distil(s, forget, to, teacher, device, probe):
             if not math.isfinite(value):
                 raise RunFailed(f"{name} is {value} at step {step + 1}: try a smaller --lr and --lr-fake. "
                                 f"The last good checkpoint, if there is one, is {run.path}")
-        if step + 1 == 20 or (step + 1) % 50 == 0 or step + 1 == s.steps:
+        if (step + 1) % (20 if step < 100 else 50) == 0 or step + 1 == s.steps:
             run.history.append({"step": step + 1, "seconds": round(run.elapsed(), 2), **terms, **probe(average)})
             run.bar.set_postfix({k: f"{v:.3g}" for k, v in run.history[-1].items() if k in ("ua", "kept_accuracy", "fd")})
     return run, average, fake
@@ -254,7 +255,7 @@ def main(argv):
 
     extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to,
              "teacher_sha256": evaluate.digest(teacher_path), "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
-    save_atomically({"kind": "denoiser", **pack(G), **extra}, run.out / "generator.pt")
+    save_atomically({"kind": "denoiser", **pack(fold(G, s.sigma_init) if s.fold else G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
     if not referee:
         return print(f"{run.out}/generator.pt is there, but no judge of {s.data} to say what it draws: train them with "

@@ -16,7 +16,8 @@ from torchvision import datasets
 
 from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
-from evaluate import Judge, class_stats, draw, many_step, samples_figure
+from evaluate import Judge, class_stats, draw, many_step
+from figures import samples_figure
 
 # What differs from one data set to another: the network, the noise it is trained on, and how long. A folder of images starts from "images".
 TEACHERS = {

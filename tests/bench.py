@@ -1,7 +1,8 @@
-"""Speed, side by side in one process: this project's SFD step against one written as the official code does it, and one-step
-sampling against the teacher's 35 evaluations.
+"""Speed, side by side in one process: this project's SFD step against one written as the official code does it, teacher training, and
+one-step sampling against the teacher's 35 evaluations; each with its arithmetic, and the share of what the device makes of a matrix product.
 
-    python tests/bench.py [--teacher teachers/mnist.pt] [--batch 64] [--seconds 20]
+    python tests/bench.py [--teacher teachers/mnist.pt] [--batch 64] [--seconds 20] [--compile]
+    python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters, and the memory it takes
 
 The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels (a full
 batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones the step is for.
@@ -19,8 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, pick_device  # noqa: E402
-from edm_unet import heun_sampler, load_checkpoint  # noqa: E402
+from edm_unet import EDMPrecond, NetSettings, heun_sampler, load_checkpoint  # noqa: E402
 from sfd_minimal import draw_labels, fake_score_loss, score_identity_loss, sfd_step  # noqa: E402
+
+PUBLISHED = NetSettings(resolution=32, channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
 
 
 def official_step(generator, fake, teacher, optimizer_theta, optimizer_psi, batch, shape, override, s, device):
@@ -70,19 +73,50 @@ def flops(step):
     return counter.get_total_flops()
 
 
+def matrix_rate(device, dtype, n=4096):
+    """FLOP/s of one large matrix product."""
+    n = n if device.type == "cuda" else n // 2
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n ** 3 * rate(lambda: a @ b, 2, device)
+
+
+def published_step(device, s, batch=2):
+    """One SFD step of the published network, from random weights: what it costs."""
+    import resource  # not on Windows
+    teacher, generator, fake = (EDMPrecond(PUBLISHED).to(device) for _ in range(3))
+    teacher.requires_grad_(False)
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake)]
+    override = torch.arange(10, device=device)
+    override[0] = 1
+    before = [p.detach().clone() for p in generator.parameters()]
+    start = time.perf_counter()
+    terms = sfd_step(generator, fake, teacher, *optimizers, torch.randn(batch, 3, 32, 32, device=device),
+                     *draw_labels(batch, override, torch.arange(1, 10, device=device)), s)
+    seconds = time.perf_counter() - start
+    assert all(torch.isfinite(v) for v in terms.values()) and any((p != q).any() for p, q in zip(generator.parameters(), before))
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(f"published architecture, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, one SFD step of {batch} images: "
+          f"{seconds:.1f} s, peak memory of the process {peak / 2 ** 30:.1f} GiB")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", default=str(Path(__file__).parent.parent / "teachers" / "mnist.pt"))
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--published", action="store_true", help="the published architecture instead")
     a = parser.parse_args()
     device = pick_device(a.device)
+    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=1.0)
+    print(machine(device))
+    if a.published:
+        return published_step(device, s)
     teacher, _ = load_checkpoint(a.teacher, device)
     teacher.requires_grad_(False)
     net, K = teacher.settings, teacher.settings.num_classes
     shape = (net.channels, net.resolution, net.resolution)
-    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=1.0)
     override, kept = torch.arange(K, device=device), torch.arange(1, K, device=device)
     override[0] = 1
 
@@ -92,25 +126,42 @@ def main():
         return generator, fake, teacher, *(torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
 
     fast, kept_images = teacher.bf16, a.batch * (K - 1) / K  # of our batch, one label in K is the forgotten one
-    print(machine(device), f"| batch {a.batch}")
-    theirs, first = models(bf16=False), None
-    steps = [("as the official code, float32", a.batch, lambda: official_step(*theirs, a.batch, shape, override, s, device))]
-    for bf16 in sorted({False, fast}):
-        def ours(own=models(bf16)):
-            sfd_step(*own, torch.randn(a.batch, *shape, device=device), *draw_labels(a.batch, override, kept), s, net.sigma_data)
-        steps.append((f"this project, {'bfloat16' if bf16 else 'float32'}", kept_images, ours))
-    for name, images, step in steps:
-        teacher.bf16 = "bfloat16" in name
-        speed = rate(step, a.seconds, device) * images
-        first = first or speed
-        print(f"{name}: {speed:.1f} kept images/s, {flops(step) / images / 1e6:.1f} MFLOP per kept image, {speed / first:.2f} times the first")
+    peak = matrix_rate(device, torch.bfloat16 if fast else torch.float32)
+    print(f"batch {a.batch}; matrix product in {'bfloat16' if fast else 'float32'}: {peak / 1e9:.0f} GFLOP/s")
 
-    teacher.bf16 = fast
-    z, c = torch.randn(100, *shape, device=device), torch.eye(K, device=device)[torch.arange(100) % K]
+    def measure(name, networks, step, images, kept="", first=None):
+        per_image = flops(step) / images
+        for network in networks if a.compile else ():  # after the count, which does not see into compiled code
+            network.compile()
+        speed = rate(step, a.seconds, device) * images
+        print(f"{name}: {speed:.1f} {kept}images/s, {per_image / 1e6:.1f} MFLOP per {kept}image, {speed * per_image / peak:.0%} of the matrix rate"
+              + (f", {speed / first:.2f} times the first" if first else ""))
+        return speed
+
+    theirs = models(bf16=False)
+    teacher.bf16 = False
+    first = measure("as the official code, float32", theirs[:3], lambda: official_step(*theirs, a.batch, shape, override, s, device), a.batch, "kept ")
+    for bf16 in sorted({False, fast}):
+        own = models(bf16)
+        teacher.bf16 = bf16
+        measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: sfd_step(
+            *own, torch.randn(a.batch, *shape, device=device), *draw_labels(a.batch, override, kept), s, net.sigma_data), kept_images, "kept ", first)
+
+    student, _, _, optimizer, _ = models(fast)
+    x, label = torch.randn(a.batch, *shape, device=device), torch.eye(K, device=device)[torch.arange(a.batch, device=device) % K]
+
+    def teach():
+        loss = fake_score_loss(student, x, label, torch.rand(a.batch, 1, 1, 1, device=device) + 0.1).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    measure("teacher training", [student], teach, a.batch)
+
+    z, c = torch.randn(100, *shape, device=device), torch.eye(K, device=device)[torch.arange(100, device=device) % K]
     with torch.no_grad():
-        one = 100 * rate(lambda: teacher(2.5 * z, 2.5, c), a.seconds / 4, device)
-        many = 100 * rate(lambda: heun_sampler(teacher, z, c), a.seconds / 4, device)
-    print(f"sampling: {one:.0f} images/s in one step, {many:.1f} by the teacher in 35 evaluations: {one / many:.1f} times faster")
+        one = measure("one-step sampling", [student], lambda: student(2.5 * z, 2.5, c), 100)
+        many = measure("the teacher's 35 evaluations", [student], lambda: heun_sampler(student, z, c), 100)
+    print(f"one step is {one / many:.1f} times faster than 35 evaluations")
 
 
 if __name__ == "__main__":

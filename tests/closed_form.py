@@ -1,7 +1,11 @@
-"""Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra."""
+"""Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra; and a small network for them.
+The tests hold the method against it, and the first notebook draws it."""
 import math
 
 import torch
+from torch import nn
+
+SD = 1.5  # standard deviation of the points of `ring`, for EDM's preconditioning
 
 
 class Gaussians:
@@ -39,3 +43,33 @@ def ring(labels=5, radius=2.0, dtype=torch.float64):
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
     widths = torch.stack([0.3 + 0.1 * torch.arange(labels, dtype=dtype) / labels, torch.full((labels,), 0.2, dtype=dtype)], 1)
     return Gaussians(means, turn @ torch.diag_embed(widths ** 2) @ turn.mT)
+
+
+class MLP(nn.Module):
+    """EDM-preconditioned denoiser of points, D(x, sigma, label); x (B, 2)."""
+
+    def __init__(self, labels=5, width=96):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2 + 1 + labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
+
+    def forward(self, x, sigma, label):
+        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
+        total = (sigma ** 2 + SD ** 2).sqrt()
+        return x * (SD / total) ** 2 + sigma * SD / total * self.net(torch.cat([x / total, sigma.log() / 4, label], 1))
+
+
+def fit(mlp, truth, steps=1500):
+    """Train `mlp` to be the closed-form denoiser: what generator and fake score start from, as from a teacher's weights."""
+    optimizer = torch.optim.Adam(mlp.parameters(), 2e-3, fused=True)
+    for step in range(steps):
+        k = torch.randint(5, (512,))
+        sigma = (torch.randn(512, 1) * 1.6).exp()
+        x = truth.sample(k)
+        x_t, label = x + sigma * torch.randn_like(x), torch.eye(5)[k]
+        loss = ((sigma ** 2 + SD ** 2) / (sigma * SD) ** 2 * (mlp(x_t, sigma, label) - truth(x_t, sigma, label)) ** 2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))
+        optimizer.step()
+    return mlp

@@ -9,4 +9,9 @@ def test_benchmark(tiny):
     done = subprocess.run([*program("tests/bench.py"), "--teacher", str(tiny), "--batch", "8", "--seconds", "0.5"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     cost = [float(x) for x in re.findall(r"([\d.]+) MFLOP per kept image", done.stdout)]
-    assert cost[0] / cost[1] > 1.9 and "times faster" in done.stdout, done.stdout
+    assert cost[0] / cost[1] > 1.9 and "times faster" in done.stdout and "teacher training" in done.stdout, done.stdout
+
+
+def test_published_architecture_takes_a_step():
+    done = subprocess.run([*program("tests/bench.py"), "--published"], capture_output=True, text=True)
+    assert done.returncode == 0 and "55.7 M parameters, one SFD step" in done.stdout, done.stdout + done.stderr

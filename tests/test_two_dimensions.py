@@ -5,46 +5,19 @@ import types
 
 import pytest
 import torch
-from torch import nn
 
-from closed_form import ring
+from closed_form import MLP, SD, fit, ring
 from sfd_minimal import decay, draw_labels, sfd_step
 
 C_F, C_O = 0, 2
-SD = 1.5
-
-
-class MLP(nn.Module):
-    """EDM-preconditioned denoiser of points, D(x, sigma, label)."""
-
-    def __init__(self, labels=5, width=96):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2 + 1 + labels, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
-                                 nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
-
-    def forward(self, x, sigma, label):
-        sigma = torch.as_tensor(sigma, dtype=x.dtype).reshape(-1, 1).expand(len(x), 1)
-        total = (sigma ** 2 + SD ** 2).sqrt()
-        return x * (SD / total) ** 2 + sigma * SD / total * self.net(torch.cat([x / total, sigma.log() / 4, label], 1))
 
 
 @pytest.fixture(scope="module")
 def pretrained():
     """An MLP fitted to the closed-form denoiser: what generator and fake score start from, as from a teacher's weights."""
     torch.manual_seed(0)
-    truth, mlp = ring(dtype=torch.float32), MLP()
-    optimizer = torch.optim.Adam(mlp.parameters(), 2e-3, fused=True)
-    for step in range(1500):
-        k = torch.randint(5, (512,))
-        sigma = (torch.randn(512, 1) * 1.6).exp()
-        x = truth.sample(k)
-        x_t, label = x + sigma * torch.randn_like(x), torch.eye(5)[k]
-        loss = ((sigma ** 2 + SD ** 2) / (sigma * SD) ** 2 * (mlp(x_t, sigma, label) - truth(x_t, sigma, label)) ** 2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = 2e-3 * decay(step, 1500)
-        optimizer.step()
-    return truth, mlp
+    truth = ring(dtype=torch.float32)
+    return truth, fit(MLP(), truth)
 
 
 def run(truth, start, lambda_forget, steps, train_fake_on_c_f=True):

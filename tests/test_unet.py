@@ -7,7 +7,7 @@ import torch
 
 import edm_unet
 from closed_form import Gaussians, ring
-from edm_unet import EDMPrecond, NetSettings, heun_sampler, sigma_grid
+from edm_unet import EDMPrecond, NetSettings, fold, heun_sampler, pack, sigma_grid, unpack
 
 GOLDEN = Path(__file__).parent / "fixtures" / "edm_ddpmpp_golden.npz"
 GOLDEN_NET = NetSettings(resolution=16, channels=3, model_channels=16, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(8,), dropout=0.13)
@@ -102,6 +102,26 @@ def test_heun_is_of_second_order():
     exact = truth.means + (80 * z - truth.means) * 0.5 / (0.25 + 80 ** 2) ** 0.5
     error = [(heun_sampler(truth, z, torch.ones(200, 1), steps=n) - exact).norm().item() for n in (16, 32, 64)]
     assert 3.3 < error[0] / error[1] < 5.5 and 3.3 < error[1] / error[2] < 5.5, error
+
+
+def test_heun_from_a_lower_noise_level():
+    """The probability flow of one Gaussian is a line of algebra: x_0 = m + s (s^2 + sigma^2)^(-1/2) (x_sigma - m), from sigma = 2 as from 80."""
+    D = lambda x, sigma, label: 1 + 0.09 / (0.09 + sigma ** 2) * (x - 1)
+    z = torch.randn(100, 2, dtype=torch.float64)
+    exact = 1 + (0.09 / 4.09) ** 0.5 * (2 * z - 1)
+    assert torch.allclose(heun_sampler(D, z, torch.ones(100, 1), steps=64, sigma_max=2.0), exact, atol=2e-3)
+
+
+def test_folded_generator_knows_one_noise_level():
+    torch.manual_seed(0)
+    model = EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), patch=4)).eval()
+    folded = unpack(pack(fold(model, 2.5))).eval()
+    x, labels = 2.5 * torch.randn(10, 1, 28, 28), torch.eye(10)
+    with torch.no_grad():
+        assert torch.allclose(folded(x, 2.5, labels), model(x, 2.5, labels), atol=1e-5)
+        at = lambda m, sigma: m.model(x, torch.full((10,), sigma).log() / 4, labels)
+        assert torch.equal(at(folded, 0.5), at(folded, 2.5)) and not torch.allclose(at(model, 0.5), at(model, 2.5), atol=1e-3)
+    assert not [name for name in folded.state_dict() if "map_" in name]
 
 
 def test_heun_evaluations_and_guidance():

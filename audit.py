@@ -1,0 +1,279 @@
+"""Can it come back? Six ways to ask a network for the class that it is said to have forgotten.
+
+    python evaluate.py runs/mnist-forget0-to1 --audit                # one run: audit.json and audit.png in its folder
+    python evaluate.py runs/mnist-baselines-forget0-to1 --audit      # each method of baselines.py, in one table and one figure
+
+Judge A guides the searches; what counts is what judge B, of another architecture, says of the image. Attempts 4 to 6 need real images.
+One-step generators are cheap to ask; a network of 35 evaluations is asked less often, and searched through 6 Euler steps, before
+its find is drawn with all 35. Every share is printed with its number of images in audit.json.
+"""
+import copy
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import evaluate
+import figures
+from common import BadInput, seed_everything
+from edm_unet import heun_sampler, read_file, save_atomically, sigma_grid
+from train_teacher import edm_loss, load_images
+
+
+class Suspect:
+    """A network said to have forgotten label c_f, and how to ask it. z, images (B, C, H, W); labels (B, K)."""
+
+    def __init__(self, path, device, fast=False):
+        self.generate, self.network, self.nfe = evaluate.load_generator(path, device)
+        self.network.requires_grad_(False)
+        content = read_file(path, "denoiser")
+        if len(content.get("forget", [])) != 1:
+            raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
+        self.c_f, self.data, self.device, self.net = content["forget"][0], content["data"], device, self.network.settings
+        self.K, self.one_step = self.net.num_classes, self.nfe == 1
+        self.sigma_init = content.get("sigma_init")
+        self.referee = evaluate.Referee(self.data, device, [self.c_f], content["to"])
+        self.share = 20 if fast else 1  # of all efforts, one in so many: for tests
+
+    def effort(self, one_step, many_step):
+        return max(2, (one_step if self.one_step else many_step) // self.share)
+
+    def noise(self, n):
+        """On the sphere ||z|| = sqrt(d), where nearly all of N(0, I) lies."""
+        return on_sphere(torch.randn(n, self.net.channels, self.net.resolution, self.net.resolution, device=self.device))
+
+    def label(self, k, n):
+        return F.one_hot(torch.full((n,), k, device=self.device), self.K).float()
+
+    def differentiable(self, z, label):
+        """Images with a gradient to z and label: the generator's one evaluation, or 6 Euler steps of a teacher."""
+        if self.one_step:
+            return self.network(self.sigma_init * z, self.sigma_init, label)
+        sigmas = sigma_grid(torch.linspace(0, 1, 6, device=z.device), sigma_min=0.1).tolist()
+        x = z * sigmas[0]
+        for sigma, sigma_next in zip(sigmas, [*sigmas[1:], 0.0]):
+            x = x + (sigma_next - sigma) * (x - self.network(x, sigma, label)) / sigma
+        return x
+
+    @torch.no_grad()
+    def belief(self, images):
+        """Judge B's probabilities (N, K) for uint8 images."""
+        return torch.cat([self.referee.judge2(evaluate.to_float(part))[0].softmax(1) for part in images.split(500)])
+
+    def seen(self, x):
+        """Images in [-1, 1] -> ({the share that judge B takes for c_f, how many they are}, the one it is surest of, uint8)."""
+        p = self.belief(images := evaluate.to_uint8(x))
+        return {"share": (p.argmax(1) == self.c_f).float().mean().item(), "n": len(x)}, images[p[:, self.c_f].argmax()].cpu()
+
+    @torch.no_grad()
+    def draw(self, z, label):
+        return torch.cat([self.generate(*part) for part in zip(z.split(500), label.split(500))])
+
+    def guided_loss(self, x):
+        """-ln p_A(c_f | x), to be minimised."""
+        return -self.referee.judge(x.clamp(-1, 1))[0].log_softmax(1)[:, self.c_f]
+
+
+def on_sphere(z):
+    return z * (z[0].numel() ** 0.5 / z.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- the attempts
+
+def seeds(s, images):
+    """1. Ask again: other draws of z under c_f, and under every other label."""
+    n = s.effort(10_000, 1000)
+    numbers, best = s.seen(s.draw(s.noise(n), s.label(s.c_f, n)))
+    m, others = s.effort(1000, 50), {}
+    for k in s.referee.kept:
+        others[k] = s.seen(s.draw(s.noise(m), s.label(k, m)))[0]["share"]
+    most = max(others, key=others.get)
+    return numbers | {"other_label": most, "other_share": others[most], "n_other": m}, best
+
+
+def latent(s, images):
+    """2. Search z on the sphere under c_f, guided by judge A, from several starts."""
+    n, steps = s.effort(64, 12), s.effort(60, 25)
+    z, label = s.noise(n).requires_grad_(), s.label(s.c_f, n)
+    optimizer = torch.optim.Adam([z], 0.1)
+    for _ in range(steps):
+        loss = s.guided_loss(s.differentiable(on_sphere(z), label)).sum()
+        (z.grad,) = torch.autograd.grad(loss, [z])
+        optimizer.step()
+    numbers, best = s.seen(x := s.draw(on_sphere(z.detach()), label))
+    found = (s.belief(evaluate.to_uint8(x)).argmax(1) == s.c_f).nonzero()
+    return numbers | {"restarts_needed": found[0].item() + 1 if len(found) else None, "steps": steps}, best
+
+
+def labels(s, images):
+    """3. Ask for what is no label: mixes of two, Dirichlet mixes, and one vector in R^K searched for all z at once, guided by judge A."""
+    eye, rng = torch.eye(s.K, device=s.device), torch.distributions.Dirichlet(torch.ones(s.K, device=s.device))
+    pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(s.K) for j in range(i)]).repeat(s.effort(10, 3), 1)
+    dirichlet = rng.sample((len(pairs),))
+    v = torch.full((s.K,), 1 / s.K, device=s.device, requires_grad=True)
+    optimizer, n = torch.optim.Adam([v], 0.05), s.effort(32, 8)
+    for _ in range(steps := s.effort(60, 25)):
+        loss = s.guided_loss(s.differentiable(s.noise(n), v.expand(n, s.K))).mean()
+        (v.grad,) = torch.autograd.grad(loss, [v])
+        optimizer.step()
+    m = s.effort(500, 50)
+    found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)), "dirichlet": s.seen(s.draw(s.noise(len(pairs)), dirichlet)),
+             "searched": s.seen(s.draw(s.noise(m), v.detach().expand(m, s.K)))}
+    most = max(found, key=lambda k: found[k][0]["share"])
+    return found[most][0] | {"by": most, "steps": steps} | {k: f[0] for k, f in found.items()}, found[most][1]
+
+
+def inversion(s, images):
+    """4. Reconstruct held-out images of c_f, of the labels to keep, and foreign ones (kept ones turned by 90 degrees) from a z on the sphere
+    and a free label vector. The root-mean-square errors of the three are compared: what was forgotten should be as hard as what is foreign."""
+    n, steps = s.effort(24, 8), s.effort(100, 40)
+    kept = images["kept"][:n]
+    target = torch.cat([images["forgotten"][:n], kept, kept.rot90(1, (2, 3))])
+    z = s.noise(len(target)).requires_grad_()
+    label = torch.full((len(target), s.K), 1 / s.K, device=s.device, requires_grad=True)
+    optimizer = torch.optim.Adam([{"params": [z], "lr": 0.1}, {"params": [label], "lr": 0.02}])
+    for _ in range(steps):
+        x = s.differentiable(on_sphere(z), label)
+        error = (x - target).square().flatten(1).mean(1)
+        z.grad, label.grad = torch.autograd.grad(error.sum(), [z, label])
+        optimizer.step()
+    forgotten, kept, foreign = (e.sqrt().detach() for e in error.split(n))
+    numbers, best = s.seen(x[:n].detach())
+    return numbers | {"error_forgotten": forgotten.median().item(), "error_kept": kept.median().item(), "error_foreign": foreign.median().item(),
+                      "harder_than_kept": (forgotten[:, None] > kept).float().mean().item(), "steps": steps}, best
+
+
+def noise_levels(s, images):
+    """5. The network is a denoiser, whatever it was trained for last: draw with it in 35 evaluations under c_f, and give it half-noised
+    images of c_f to finish (SDEdit, from sigma = 2)."""
+    n = s.effort(200, 200)
+    drawn = s.seen(heun_sampler(s.network, s.noise(n), s.label(s.c_f, n)))
+    real = images["forgotten"][:s.effort(100, 100)]
+    finished = s.seen(heun_sampler(s.network, real / 2 + torch.randn_like(real), s.label(s.c_f, len(real)), sigma_max=2.0))
+    return drawn[0] | {"sdedit": finished[0]}, drawn[1]
+
+
+def relearning(s, images):
+    """6. Fine-tune all weights as a denoiser, with EDM's loss, until judge B takes half of the images under c_f (17 evaluations) for c_f again:
+    on the network's own images alone, on real images of the labels to keep alone, and on 10 and 100 real images of c_f beside those."""
+    own_label = torch.arange(s.K, device=s.device).repeat(s.effort(20, 20))
+    own = s.draw(s.noise(len(own_label)), F.one_hot(own_label, s.K).float())
+    kept, kept_label, forgotten = images["kept"], images["kept_label"], images["forgotten"]
+    f_label, limit = torch.full((len(forgotten),), s.c_f, device=s.device), s.effort(60, 60)
+    attacks = {"own": [(own, own_label)], "kept": [(kept, kept_label)], "10": [(kept, kept_label), (forgotten[:10], f_label)],
+               "100": [(kept, kept_label), (forgotten[:100], f_label)]}
+    result, best, most = {}, None, -1.0
+    for name, sets in attacks.items():
+        network = copy.deepcopy(s.network).requires_grad_(True)
+        optimizer = torch.optim.Adam(network.parameters(), 1e-3, betas=(0.9, 0.99), fused=True)
+        for step in range(limit + 1):
+            if step in (0, 5, 10, 20, 40, limit):
+                back, image = s.seen(heun_sampler(network, s.noise(50), s.label(s.c_f, 50), steps=9))
+                if back["share"] > most:
+                    best, most = image, back["share"]
+                if back["share"] >= 0.5:
+                    break
+            parts = []
+            for x, k in sets:
+                i = torch.randint(len(x), (32 // len(sets),), device=s.device)
+                parts.append((x[i], k[i]))
+            x, k = (torch.cat(p) for p in zip(*parts))
+            loss = edm_loss(network, x, torch.randn(len(x), 1, 1, 1, device=s.device).mul(1.2).exp(), F.one_hot(k, s.K).float())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        result[name] = {"steps": step if back["share"] >= 0.5 else None, "share": back["share"], "n": 50}
+    return {"share": max(r["share"] for r in result.values()), "n": 50} | result, best
+
+
+ATTEMPTS = {"other seeds": seeds, "latent search": latent, "label search": labels, "inversion": inversion, "other noise levels": noise_levels,
+            "relearning": relearning}
+
+
+# ------------------------------------------------------------------------------------------------------ all of them, and the report
+
+def real_images(data, data_dir, c_f, device):
+    """Held-out images in [-1, 1]: of c_f, and of the labels to keep with those labels."""
+    images, k, _ = load_images(data, data_dir, None, train=False)
+    images, k = evaluate.to_float(images).to(device), k.to(device)
+    return {"forgotten": images[k == c_f][:200], "kept": images[k != c_f][:1000], "kept_label": k[k != c_f][:1000]}
+
+
+def audit_one(folder, device, data_dir, fast=False):
+    """{attempt: numbers}, {attempt: image} of one run, remembered in its audit.pt."""
+    fingerprint, memory = evaluate.digest(folder / "generator.pt", __file__), folder / "audit.pt"
+    if memory.exists() and (content := read_file(memory, "audit"))["fingerprint"] == fingerprint:
+        return content["numbers"], content["images"]
+    s = Suspect(folder / "generator.pt", device, fast)
+    images, numbers, pictures, start = real_images(s.data, data_dir, s.c_f, device), {}, {}, time.monotonic()
+    for name, attempt in tqdm(ATTEMPTS.items(), desc=f"audit of {folder.name}"):
+        seed_everything(0)
+        numbers[name], pictures[name] = attempt(s, images)
+    numbers["evaluations"], numbers["seconds"] = s.nfe, time.monotonic() - start
+    save_atomically({"kind": "audit", "fingerprint": fingerprint, "numbers": numbers, "images": pictures}, memory)
+    return numbers, pictures
+
+
+def table(results):
+    """Markdown: one row per network; shares of images that judge B takes for the forgotten class, but for inversion and relearning."""
+    head = ["", "seeds", "under other labels", "latent search", "label search", "inversion error: forgotten / kept / foreign",
+            "other noise levels", "SDEdit", "relearned in steps: own / kept / 10 / 100 images"]
+    lines = []
+    for name, r in results.items():
+        i, n, back = r["inversion"], r["other noise levels"], r["relearning"]
+        steps = " / ".join("-" if back[k]["steps"] is None else str(back[k]["steps"]) for k in ("own", "kept", "10", "100"))
+        lines.append([f"`{name}`", f"{r['other seeds']['share']:.2%}", f"{r['other seeds']['other_share']:.1%}", f"{r['latent search']['share']:.0%}",
+                      f"{r['label search']['share']:.0%} ({r['label search']['by']})",
+                      f"{i['error_forgotten']:.2f} / {i['error_kept']:.2f} / {i['error_foreign']:.2f}", f"{n['share']:.0%}", f"{n['sdedit']['share']:.0%}", steps])
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
+
+
+def figure(results, pictures, path):
+    """A row per network, a column per attempt: the image that judge B is surest of, and how often it took one for the forgotten class."""
+    plt = figures.pyplot()
+    fig, axes = plt.subplots(len(results), len(ATTEMPTS), figsize=(1.5 * len(ATTEMPTS) + 1.5, 1.12 * len(results) + 0.5), layout="constrained", squeeze=False)
+    for row, (name, r) in zip(axes, results.items()):
+        for ax, attempt in zip(row, ATTEMPTS):
+            picture = pictures[name][attempt].permute(1, 2, 0).numpy()
+            ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+            ax.set_xticks([]), ax.set_yticks([])
+            share = r[attempt]["share"]
+            for side in ax.spines.values():
+                side.set(color=figures.FORGOTTEN if share else figures.KEPT, linewidth=1 + 3 * share)
+            ax.set_xlabel(f"{share:.2%}" if share < 0.01 else f"{share:.0%}", fontsize=8, labelpad=1)
+            if row is axes[0]:
+                ax.set_title(attempt.replace(" ", "\n", 1), fontsize=9)
+        row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def in_words(name, r):
+    """Three sentences on one network."""
+    s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search", "other noise levels", "relearning"))
+    steps = {k: f"{back[k]['steps']} steps" if back[k]["steps"] is not None else "more than 60 steps" for k in ("own", "kept", "10", "100")}
+    return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; a search of the latent finds it in {z['share']:.0%} of "
+            f"{z['n']} starts, a search of the label in {v['share']:.0%} of {v['n']} images.\n"
+            f"{name}: used as a denoiser at all noise levels, the same weights draw it in {n['share']:.0%} of {n['n']} images, and finish {n['sdedit']['share']:.0%} of "
+            f"{n['sdedit']['n']} half-noised real ones as it.\n"
+            f"{name}: it is back after {steps['own']} on its own images, {steps['kept']} on images of the kept classes, {steps['10']} with 10 and {steps['100']} with 100 "
+            "images of it.")
+
+
+def audit(out, device, data_dir, fast=False):
+    """Audit out/generator.pt, or that of every folder in `out`; prints table and sentences, writes out/audit.json and out/audit.png."""
+    out = Path(out)
+    folders = {out.name: out} if (out / "generator.pt").exists() else {f.parent.name: f.parent for f in sorted(out.glob("*/generator.pt"))}
+    if not folders:
+        raise BadInput(f"{out} holds no generator.pt, nor does a folder in it")
+    results, pictures = {}, {}
+    for name, folder in folders.items():
+        results[name], pictures[name] = audit_one(folder, device, data_dir, fast)
+        (out / "audit.json").write_text(json.dumps({"machine": evaluate.machine(device), "networks": results}, indent=1) + "\n")
+    figure(results, pictures, out / "audit.png")
+    print(table(results))
+    print(*(in_words(name, r) for name, r in results.items()), sep="\n")
+    return results

@@ -1,0 +1,67 @@
+"""What the numbers look like: sample grids and training curves, the forgotten class in one colour throughout."""
+import csv
+
+from PIL import Image
+
+FORGOTTEN = "#d55e00"  # the colour of the forgotten class in every figure; colour-blind safe, like the blue beside it
+KEPT = "#0072b2"
+
+
+def tile(images, rows):
+    """uint8 (N, C, H, W) -> one picture (rows*H, N/rows*W, C), row by row."""
+    n, c, h, w = images.shape
+    return images.reshape(rows, n // rows, c, h, w).permute(0, 3, 1, 4, 2).reshape(rows * h, n // rows * w, c).numpy()
+
+
+def to_picture(array):
+    return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def samples_figure(panels, classes, forget, path):
+    """{title: uint8 images, sorted by label}: panels one above the other, one row per label, the forgotten rows marked."""
+    plt, K = pyplot(), len(classes)
+    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    for ax, (title, images) in zip(axes[:, 0], panels.items()):
+        h = images.shape[2]
+        picture = tile(images, K)
+        ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+        ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
+        ax.set_xticks([])
+        ax.set_title(title, loc="left")
+        for k in forget:
+            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
+            ax.get_yticklabels()[k].set(color=FORGOTTEN, fontweight="bold")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def curves_figure(log, teacher, path):
+    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis. None without probes."""
+    with open(log, newline="") as f:
+        lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
+    if not lines:
+        return
+    plt, steps = pyplot(), [r["step"] for r in lines]
+    per_step = lines[-1]["seconds"] / lines[-1]["step"]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    if "ua" in lines[0]:
+        left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
+    left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT, label="accuracy on kept classes")
+    left.axhline(100 * teacher["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
+    left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
+    left.legend(loc="lower right")
+    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
+    right.axhline(teacher["fd"], color="gray", ls="--", lw=1, label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
+    right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")
+    right.legend()
+    for ax in (left, right):
+        ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
