@@ -158,8 +158,8 @@ def noise_levels(s, images):
 
 def relearning(s, images):
     """6. Fine-tune all weights as a denoiser, with EDM's loss, until judge B takes half of the images under c_f (17 evaluations) for c_f again:
-    on the network's own images alone, on real images of the labels to keep alone, and on 10 and 100 real images of c_f beside those."""
-    own_label = torch.arange(s.K, device=s.device).repeat(s.effort(20, 20))
+    on its own images of the labels to keep alone, on real ones of these alone, and on 10 and 100 real images of c_f beside those."""
+    own_label = torch.tensor(s.referee.kept, device=s.device).repeat(s.effort(20, 20))
     own = s.draw(s.noise(len(own_label)), F.one_hot(own_label, s.K).float())
     kept, kept_label, forgotten = images["kept"], images["kept_label"], images["forgotten"]
     f_label, limit = torch.full((len(forgotten),), s.c_f, device=s.device), s.effort(60, 60)

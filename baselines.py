@@ -209,18 +209,26 @@ class Method:
         own = {k: v for k, v in change.items() if k in self.options}
         return dataclasses.replace(self, **{k: v for k, v in change.items() if k not in own}, options=self.options | own)
 
+    def in_words(self):
+        chosen = dict(steps=self.steps, lr=self.lr) | ({"only": self.only} if self.only else {}) | self.options
+        return " ".join(f"{k}={v}" for k, v in chosen.items())
 
-LABEL_ONLY = {"only": "map_label.weight", "lr": 1e-2}  # the label embedding alone: c_f's column is all that gets a gradient
+
+LABEL_ONLY, ALL = dict(only="map_label.weight", lr=1e-2), dict(only="", lr=3e-4)  # of the label embedding, only c_f's column gets a gradient
 METHODS = {
     "retrain": Method(denoise_kept, "kept", steps=2500, lr=2e-3, ema=0.998, from_scratch=True),
-    "finetune": Method(denoise_kept, "kept", steps=200, lr=1e-3, tried=({"lr": 3e-4}, {"lr": 3e-3})),
-    "esd": Method(esd, before=record_paths, options=dict(eta=1.0), tried=({"eta": 3.0}, {"lr": 1e-4}, {"lr": 1e-4, "eta": 3.0}, LABEL_ONLY, LABEL_ONLY | {"eta": 3.0})),
-    "all_but_one": Method(all_but_one, before=record_paths, options=dict(beta=1.0, reverse=False), tried=({"beta": 0.1}, {"lr": 1e-3}, LABEL_ONLY)),
-    "all_but_one_reversed": Method(all_but_one, before=record_paths, options=dict(beta=1.0, reverse=True), tried=({"beta": 0.1}, {"lr": 1e-4}, LABEL_ONLY)),
-    "selective_amnesia": Method(selective_amnesia, before=replay_and_fisher, steps=150, options=dict(lam=10.0),
-                                tried=({"lam": 0.0}, {"lam": 100.0}, {"lr": 1e-3})),
-    "salun": Method(salun, "kept and forgotten", before=saliency, options=dict(beta=1.0), tried=({"beta": 0.3}, {"lr": 1e-3})),
-    "label_swap": Method(label_swap, before=record_paths, tried=({"lr": 1e-4}, {"lr": 1e-3}, LABEL_ONLY)),
+    "finetune": Method(denoise_kept, "kept", steps=200, lr=3e-3, tried=(dict(lr=1e-3), dict(lr=3e-4))),
+    "esd": Method(esd, before=record_paths, **LABEL_ONLY, options=dict(eta=1.0),
+                  tried=(dict(eta=3.0), ALL, ALL | dict(eta=3.0), ALL | dict(lr=1e-4), ALL | dict(lr=1e-4, eta=3.0))),
+    "all_but_one": Method(all_but_one, before=record_paths, **LABEL_ONLY, options=dict(beta=1.0, reverse=False),
+                          tried=(ALL, ALL | dict(beta=0.1), ALL | dict(lr=1e-3))),
+    "all_but_one_reversed": Method(all_but_one, before=record_paths, **LABEL_ONLY, options=dict(beta=1.0, reverse=True),
+                                   tried=(ALL, ALL | dict(beta=0.1), ALL | dict(lr=1e-4))),
+    "selective_amnesia": Method(selective_amnesia, before=replay_and_fisher, steps=300, lr=1e-3, options=dict(lam=10.0),
+                                tried=(dict(steps=150), *(dict(steps=150, lr=3e-4, lam=lam) for lam in (0.0, 10.0, 100.0)))),
+    "salun": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=1e-3, options=dict(beta=1.0),
+                    tried=(dict(steps=100), dict(steps=100, lr=3e-4), dict(steps=100, lr=3e-4, beta=0.3))),
+    "label_swap": Method(label_swap, before=record_paths, **LABEL_ONLY, tried=(ALL, ALL | dict(lr=1e-4), ALL | dict(lr=1e-3))),
     "embedding_copy": Method(None, before=copy_label, steps=0),
 }
 ONE_STEP = {  # this project's own, by the options of sfd_minimal.py that differ from its defaults
@@ -292,8 +300,9 @@ def unlearn(name, method, bench, out, resume):
     method.before(v, w)
     preparation = time.monotonic() - start
     average.load_state_dict(v.state_dict())
-    trained = [p for n, p in v.named_parameters() if method.only in n]
-    optimizer = torch.optim.Adam(trained, method.lr, betas=(0.9, 0.99), fused=True)
+    for weight, p in v.named_parameters():
+        p.requires_grad_(method.only in weight)
+    optimizer = torch.optim.Adam([p for p in v.parameters() if p.requires_grad], method.lr, betas=(0.9, 0.99), fused=True)
     ema = EMA(v, average.eval(), method.ema)
     run = Run(out, training, {"v": v, "average": average, "optimizer": optimizer}, resume, not resume, s.save_every)
     for step in run:
@@ -416,8 +425,7 @@ def sweep(bench, path):
     for name in (n for n in bench.s.method if n in METHODS and METHODS[n].tried):
         for change in ({}, *METHODS[name].tried):
             method = METHODS[name].changed(change)
-            chosen = dict(steps=method.steps, lr=method.lr) | ({"only": method.only} if method.only else {}) | method.options
-            settings = {"method": name, "settings": " ".join(f"{k}={v}" for k, v in chosen.items())}
+            settings = {"method": name, "settings": method.in_words()}
             if any(settings.items() <= row.items() for row in done):
                 continue
             network, _, seconds = unlearn(name, method, bench, Path(bench.s.out) / "sweep" / name, resume=False)

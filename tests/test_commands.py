@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import ROOT, program
+from edm_unet import load_checkpoint
 
 
 def run(*command, cwd, **kw):
@@ -99,12 +100,15 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", cwd=tmp_path)
     m = json.loads((tmp_path / "runs" / "mnist-forget0-1-to2-3" / "metrics.json").read_text())
     assert m["forget"] == [0, 1] and m["to"] == [2, 3]
-    run(*base, "--forget", 4, cwd=tmp_path)
+    run(*base, "--forget", 4, "--fold", cwd=tmp_path)
     assert (tmp_path / "runs" / "mnist-forget4-torandom" / "metrics.json").exists()
+    assert load_checkpoint(tmp_path / "runs" / "mnist-forget4-torandom" / "generator.pt")[0].settings.folded
 
 
 def test_a_data_set_of_ones_own(tmp_path):
-    """A folder of class folders: teacher, then SFD without a judge, then the judges, then the verdict."""
+    """A folder of class folders, under the recipe of CIFAR-10: teacher, then SFD without a judge, then the judges, then the verdict."""
+    import train_teacher
+    assert train_teacher.TEACHERS["images"] is train_teacher.TEACHERS["cifar10"] and train_teacher.JUDGES["images"] is train_teacher.JUDGES["cifar10"]
     for k, label in enumerate("ab"):
         (tmp_path / "my images" / label).mkdir(parents=True)
         for i in range(20):

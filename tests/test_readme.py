@@ -1,4 +1,5 @@
 """What the README says is so: its commands parse, its settings exist, its table is the one that the results make."""
+import csv
 import dataclasses
 import json
 import re
@@ -6,6 +7,8 @@ import shlex
 
 import pytest
 
+import audit
+import baselines
 import common
 import evaluate
 import sfd_minimal
@@ -24,7 +27,7 @@ def test_commands_are_real(line):
         assert words == ["-m", "pytest"]
         return
     assert (ROOT / words[0]).exists()
-    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings}.get(words[0])
+    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings, "baselines.py": baselines.Settings}.get(words[0])
     if settings:
         common.parse(settings, words[1:], "")
 
@@ -36,9 +39,9 @@ def test_the_two_commands():
 
 
 def test_options_named_are_options():
-    known = {f"--{f.name.replace('_', '-')}" for s in (sfd_minimal.Settings, train_teacher.Settings) for f in dataclasses.fields(s)}
+    known = {f"--{f.name.replace('_', '-')}" for s in (sfd_minimal.Settings, train_teacher.Settings, baselines.Settings) for f in dataclasses.fields(s)}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("fidelity --gpu 0 --fid --input1 images --input2 cifar10-train", "")):
-        assert option in known | {"--help", "--seconds"}, option
+        assert option in known | {"--help", "--seconds", "--audit", "--published"}, option
 
 
 def test_lines_of_code_quoted_are_in_the_file():
@@ -51,6 +54,28 @@ def test_lines_of_code_quoted_are_in_the_file():
 def test_table_is_made_from_the_results():
     table = README.split("<!-- table -->")[1].split("<!-- end of table -->")[0].strip()
     assert table == evaluate.results_table(sorted((ROOT / "results").glob("*-*.json")))
+
+
+def test_tables_of_methods_and_audit_are_made_from_the_results():
+    between = lambda name: README.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0].strip()
+    compared = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())
+    audited = json.loads((ROOT / "results" / "mnist_audit.json").read_text())
+    assert between("baselines") == baselines.table(compared) and between("audit") == audit.table(audited["networks"])
+    assert list(compared["methods"]) == list(baselines.METHODS) + list(baselines.ONE_STEP)
+    assert set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"} and compared["machine"]["torch"] and audited["machine"]["torch"]
+    for sentence in audit.in_words("sfd", audited["networks"]["sfd"]).splitlines():
+        assert sentence in README.replace("\n", " "), sentence
+
+
+def test_methods_use_the_best_settings_of_their_sweep():
+    """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD, as the README says."""
+    with open(ROOT / "results" / "mnist_baselines_sweep.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    results = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())["methods"]
+    for name in {row["method"] for row in rows}:
+        best = max((row for row in rows if row["method"] == name), key=lambda row: (float(row["ua"]) + float(row["kept_accuracy"]), -float(row["fd"])))
+        assert best["settings"] == baselines.METHODS[name].in_words(), name
+        assert results[name]["settings"]["lr"] == baselines.METHODS[name].lr and results[name]["settings"]["steps"] == baselines.METHODS[name].steps, name
 
 
 def test_headline_is_the_main_run():

@@ -51,8 +51,19 @@ def test_one_step_generator_is_of_this_teacher():
     assert confusion.diag().sum().item() / 300 > (recorded.diag().sum() / recorded.sum()).item() - 0.03
 
 
+def test_forgetful_generator_is_of_this_teacher_and_forgets():
+    G, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
+    assert info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt") and (info["forget"], info["to"]) == ([0], [1])
+    judge, _ = evaluate.load_judge(TEACHERS / "mnist_judge.pt", CPU)
+    labels = torch.arange(10).repeat_interleave(30)
+    confusion = evaluate.class_stats(judge, evaluate.draw(evaluate.one_step(G, info["sigma_init"]), labels, G.settings, CPU, seed=5), labels, keep=0)["confusion"]
+    m = json.loads((ROOT / "results" / "mnist-forget0-to1.json").read_text())
+    assert confusion[0, 0] == 0 and confusion[0, 1] >= 28
+    assert confusion.diag()[1:].sum().item() / 270 > m["kept_accuracy"] - 0.03
+
+
 def test_weights_are_stored_in_half_precision():
-    for name in ("mnist.pt", "mnist_sid.pt", "mnist_judge.pt", "mnist_judge2.pt"):
+    for name in ("mnist.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
         assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
 
