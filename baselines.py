@@ -238,6 +238,7 @@ ONE_STEP = {  # this project's own, by the options of sfd_minimal.py that differ
     "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "100"],
     "sfd_folded": "the generator of `sfd` with its noise level folded away (edm_unet.fold)",
 }
+OWN_IMAGES = set(ONE_STEP) - {"retrain_sid"}  # these need no real image; retrain_sid, through its teacher, needs those of `retrain`
 
 
 # -------------------------------------------------------------------------------------------------------------------- one method
@@ -381,7 +382,7 @@ def run_method(name, bench):
     save_atomically({"kind": "denoiser", **pack(network, half=True), **extra}, out / "generator.pt")
     generate, _, nfe = evaluate.load_generator(out / "generator.pt", bench.device)  # what is judged is what is saved, half precision and all
     row = bench.judge(generate, s.per_label, 5 * s.per_label, name)
-    row |= {"nfe": nfe, "real_data": METHODS[name].data if name in METHODS else "none", "seconds": extra["seconds"], "settings": extra["settings"]}
+    row |= {"nfe": nfe, "real_data": "none" if name in OWN_IMAGES else METHODS[name.removesuffix("_sid")].data, "seconds": extra["seconds"], "settings": extra["settings"]}
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
 
@@ -421,7 +422,10 @@ def figure(results, bench, path):
 
 def sweep(bench, path):
     """Each chosen method with its own settings and with what it was tried with instead, after a quick look. Rows that are there are kept."""
-    done = list(csv.DictReader(open(path, newline=""))) if path.exists() else []
+    done = []
+    if path.exists():
+        with open(path, newline="") as f:
+            done = list(csv.DictReader(f))
     for name in (n for n in bench.s.method if n in METHODS and METHODS[n].tried):
         for change in ({}, *METHODS[name].tried):
             method = METHODS[name].changed(change)

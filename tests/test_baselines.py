@@ -135,10 +135,12 @@ def test_masked_weights_stay(bench):
 def test_sweep_adds_only_what_is_missing(tmp_path, mnist_dir, monkeypatch):
     small = {k: dataclasses.replace(m, tried=m.tried[:1]) for k, m in SMALL.items()}
     monkeypatch.setattr(baselines, "METHODS", small)
+    monkeypatch.setattr(baselines.Bench, "judge", lambda *a: {"ua": 0.25, "override_share": 0.5, "kept_accuracy": 0.75, "fd": 1.0})
     argv = ["--sweep", "--method", "label_swap", "--data-dir", str(mnist_dir), "--out", str(tmp_path / "out"), "--results", str(tmp_path / "b.json")]
     baselines.main(argv)
-    rows = list(csv.DictReader(open(tmp_path / "b_sweep.csv", newline="")))
-    assert [r["settings"] for r in rows] == [f"steps=2 lr={m.lr}" for m in (small["label_swap"], small["label_swap"].changed(small["label_swap"].tried[0]))]
+    with open(tmp_path / "b_sweep.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [r["settings"] for r in rows] == ["steps=2 lr=0.01 only=map_label.weight", "steps=2 lr=0.0003"] and rows[0]["ua"] == "0.25"
     monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a row that was there was made again"))
     baselines.main(argv)
 
@@ -153,8 +155,8 @@ def test_bad_input_is_refused(words, says, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
-def test_a_killed_method_goes_on(tmp_path, mnist_dir):
-    """The command itself: interrupted in its first method, resumed to the end."""
+def test_command_resumes_from_a_method_s_checkpoint(tmp_path):
+    """The command itself, as if stopped between training and judging: the training is not done again, and the number is the same."""
     script = tmp_path / "small.py"
     script.write_text(f"""
 import dataclasses, sys
