@@ -235,6 +235,8 @@ def figure(results, pictures, path):
     """A row per network, a column per attempt: the image that judge B is surest of, and how often it took one for the forgotten class."""
     plt = figures.pyplot()
     fig, axes = plt.subplots(len(results), len(ATTEMPTS), figsize=(1.5 * len(ATTEMPTS) + 1.5, 1.12 * len(results) + 0.5), layout="constrained", squeeze=False)
+    for ax, attempt in zip(axes[0], ATTEMPTS):
+        ax.set_title(attempt.replace(" ", "\n", 1), fontsize=9)
     for row, (name, r) in zip(axes, results.items()):
         for ax, attempt in zip(row, ATTEMPTS):
             picture = pictures[name][attempt].permute(1, 2, 0).numpy()
@@ -244,8 +246,6 @@ def figure(results, pictures, path):
             for side in ax.spines.values():
                 side.set(color=figures.FORGOTTEN if share else figures.KEPT, linewidth=1 + 3 * share)
             ax.set_xlabel(f"{share:.2%}" if share < 0.01 else f"{share:.0%}", fontsize=8, labelpad=1)
-            if row is axes[0]:
-                ax.set_title(attempt.replace(" ", "\n", 1), fontsize=9)
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
     fig.savefig(path, dpi=110)
     plt.close(fig)

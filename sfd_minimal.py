@@ -113,7 +113,7 @@ class Settings:
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
     ema: float = setting(0.99, "decay of the average of the generator's weights, which is what is judged and kept")
-    fold: bool = setting(False, "write a generator.pt that can be asked at no other noise level: it has a table where the noise level went in")
+    fold: bool = setting(False, "fold label and noise level of generator.pt into a table of one row per label: nothing else can be asked")
     per_label: int = setting(1000, "images judged under each label at the end; five times as many under a forgotten one")
     seed: int = setting(0, "random seed")
     device: str = setting("auto", "auto, cpu, cuda or mps")
