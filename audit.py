@@ -239,9 +239,7 @@ def figure(results, pictures, path):
         ax.set_title(attempt.replace(" ", "\n", 1), fontsize=9)
     for row, (name, r) in zip(axes, results.items()):
         for ax, attempt in zip(row, ATTEMPTS):
-            picture = pictures[name][attempt].permute(1, 2, 0).numpy()
-            ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
-            ax.set_xticks([]), ax.set_yticks([])
+            figures.show(ax, pictures[name][attempt].permute(1, 2, 0).numpy())
             share = r[attempt]["share"]
             for side in ax.spines.values():
                 side.set(color=figures.FORGOTTEN if share else figures.KEPT, linewidth=1 + 3 * share)

@@ -11,6 +11,7 @@ Every loss takes (v, w): the network, and a `World` with the teacher, labels and
 import csv
 import dataclasses
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ import figures
 import sfd_minimal
 from common import EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, seed_everything, setting
 from edm_unet import EDMPrecond, find_weights, fold, heun_sampler, load_checkpoint, pack, save_atomically
-from train_teacher import batches, edm_loss, load_images
+from train_teacher import batches, distance, edm_loss, load_images
 
 
 # ----------------------------------------------------------------------------------------------------- what a loss may make use of
@@ -64,18 +65,12 @@ class World:
     @torch.no_grad()
     def own_images(self, labels):
         """Images of the teacher under labels (N,), in [-1, 1]: what it can replay without any data."""
-        one_hot = F.one_hot(labels, self.K).float()
-        return torch.cat([heun_sampler(self.phi, *part) for part in zip(self.noise(len(labels)).split(500), one_hot.split(500))])
+        return torch.cat([heun_sampler(self.phi, *part) for part in zip(self.noise(len(labels)).split(500), self.label(labels).split(500))])
 
     def partial(self):
         """(y, sigma): a batch of images half-way drawn under c_f, from `record_paths`, and their noise levels (B, 1, 1, 1)."""
         i, j = (torch.randint(n, (self.batch,), device=self.device) for n in self.states.shape[:2])
         return self.states[i, j], self.sigmas[i].view(-1, 1, 1, 1)
-
-
-def distance(D, target, sigma, sd=0.5):
-    """w(sigma) ||D - target||^2, w = (sigma^2 + sd^2) / (sigma sd)^2, mean over all."""
-    return ((sigma ** 2 + sd ** 2) / (sigma * sd) ** 2 * (D - target) ** 2).mean()
 
 
 def denoising(v, x, label, w):
@@ -115,7 +110,7 @@ def record_paths(v, w, n=200):
         states.append(x.float()), sigmas.append(sigma.float())
         return w.phi(x, sigma, label)
 
-    heun_sampler(recorder, w.noise(n), F.one_hot(torch.full((n,), w.c_f, device=w.device), w.K).float())
+    heun_sampler(recorder, w.noise(n), w.label(torch.full((n,), w.c_f, device=w.device)))
     w.states, w.sigmas = torch.stack(states), torch.stack(sigmas)
 
 
@@ -331,7 +326,8 @@ def distilled(name, bench, out, resume):
     if name == "sfd_folded":
         generator, info = load_checkpoint(needs, bench.device)
         return fold(generator, info["sigma_init"]), info
-    words = {"RETRAIN": needs, "SID": sid, "C_F": s.forget, "C_O": s.to}
+    weights = os.path.relpath(needs) if needs else ""  # what is recorded should not name the machine's folders
+    words = {"RETRAIN": weights, "SID": weights, "C_F": s.forget, "C_O": s.to}
     argv = [str(words.get(word, word)) for word in ONE_STEP[name]]
     for option in ("data", "seed", "device", "save_every", "per_label"):
         argv += [f"--{option.replace('_', '-')}", str(getattr(s, option))]
@@ -409,10 +405,9 @@ def figure(results, bench, path):
     for ax, (name, file) in zip(axes, files.items()):
         generate, _, _ = evaluate.load_generator(file, bench.device)
         images, h = evaluate.draw(generate, labels, bench.net, bench.device, seed=0), bench.net.resolution
-        picture = figures.tile(images, 1)
-        ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+        figures.show(ax, figures.tile(images, 1))
         ax.add_patch(plt.Rectangle((0, 0), 8 * h - 1, h - 1, fill=False, edgecolor=figures.FORGOTTEN, linewidth=2))
-        ax.set_xticks([]), ax.set_yticks([h / 2], [name.replace("_", " ")])
+        ax.set_yticks([h / 2], [name.replace("_", " ")])
         m = results["teacher"] if name == "teacher" else results["methods"][name]
         ax.text(16 * h + 6, h / 2, f"UA {m['ua']:.1%}   kept {m['kept_accuracy']:.1%}   FD {m['fd']:.1f}", va="center")
     axes[0].set_title(f"asked for {bench.info['classes'][bench.c_f]}, to be forgotten (framed), and for {bench.info['classes'][labels[-1]]}", loc="left", fontsize=10)

@@ -24,6 +24,12 @@ def pyplot():
     return pyplot
 
 
+def show(ax, picture):
+    """A uint8 picture (H, W, C) on its axes, grey where C is 1, without ticks."""
+    ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+    ax.set(xticks=[], yticks=[])
+
+
 def samples_figure(panels, classes, forget, path):
     """{title: uint8 images, sorted by label}: panels one above the other, one row per label, the forgotten rows marked."""
     plt, K = pyplot(), len(classes)
@@ -31,9 +37,8 @@ def samples_figure(panels, classes, forget, path):
     for ax, (title, images) in zip(axes[:, 0], panels.items()):
         h = images.shape[2]
         picture = tile(images, K)
-        ax.imshow(picture.squeeze(-1) if picture.shape[-1] == 1 else picture, cmap="gray", vmin=0, vmax=255)
+        show(ax, picture)
         ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
-        ax.set_xticks([])
         ax.set_title(title, loc="left")
         for k in forget:
             ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2.5))

@@ -135,11 +135,15 @@ def batches(images, labels, batch, flip):
         yield x, labels[i]
 
 
-def edm_loss(D, x, sigma, label):
-    """w(sigma) ||D(x + sigma eps; sigma, label) - x||^2, w = (sigma^2 + sd^2) / (sigma sd)^2: Karras et al. 2022, eq. 2. Mean over all."""
-    sd = D.settings.sigma_data
+def distance(D, target, sigma, sd=0.5):
+    """w(sigma) ||D - target||^2, w = (sigma^2 + sd^2) / (sigma sd)^2. Mean over all."""
     weight = (sigma ** 2 + sd ** 2) / (sigma * sd) ** 2
-    return (weight * (D(x + sigma * torch.randn_like(x), sigma, label) - x) ** 2).mean()
+    return (weight * (D - target) ** 2).mean()
+
+
+def edm_loss(D, x, sigma, label):
+    """w(sigma) ||D(x + sigma eps; sigma, label) - x||^2: Karras et al. 2022, eq. 2. Mean over all."""
+    return distance(D(x + sigma * torch.randn_like(x), sigma, label), x, sigma, D.settings.sigma_data)
 
 
 def report(run, loss):
