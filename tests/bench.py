@@ -2,6 +2,7 @@
 one-step sampling against the teacher's 35 evaluations; each with its arithmetic, and the share of what the device makes of a matrix product.
 
     python tests/bench.py [--teacher teachers/mnist.pt] [--batch 64] [--seconds 20] [--compile]
+    python tests/bench.py --profile          # which operations this project's step spends its time in
     python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters, and the memory it takes
 
 The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels (a full
@@ -80,6 +81,16 @@ def matrix_rate(device, dtype, n=4096):
     return 2 * n ** 3 * rate(lambda: a @ b, 2, device)
 
 
+def profile(step, device, steps=10):
+    """The operations that take the most time of their own, without what they call: on the GPU where there is one."""
+    step()
+    with torch.profiler.profile() as seen:  # of all the devices that there are
+        for _ in range(steps):
+            step()
+    own = f"self_{'device' if device.type == 'cuda' else 'cpu'}_time_total"
+    print(seen.key_averages().table(sort_by=own, row_limit=12, max_name_column_width=40))
+
+
 def published_step(device, s, batch=2):
     """One SFD step of the published network, from random weights: what it costs."""
     import resource  # not on Windows
@@ -106,6 +117,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
+    parser.add_argument("--profile", action="store_true", help="the operations of this project's step instead")
     parser.add_argument("--published", action="store_true", help="the published architecture instead")
     a = parser.parse_args()
     device = pick_device(a.device)
@@ -125,6 +137,12 @@ def main():
         generator.bf16 = fake.bf16 = bf16
         return generator, fake, teacher, *(torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
 
+    def our_step(own):
+        return sfd_step(*own, torch.randn(a.batch, *shape, device=device), *draw_labels(a.batch, override, kept), s, net.sigma_data)
+
+    if a.profile:
+        own = models(teacher.bf16)
+        return profile(lambda: our_step(own), device)
     fast, kept_images = teacher.bf16, a.batch * (K - 1) / K  # of our batch, one label in K is the forgotten one
     peak = matrix_rate(device, torch.bfloat16 if fast else torch.float32)
     print(f"batch {a.batch}; matrix product in {'bfloat16' if fast else 'float32'}: {peak / 1e9:.0f} GFLOP/s")
@@ -144,8 +162,7 @@ def main():
     for bf16 in sorted({False, fast}):
         own = models(bf16)
         teacher.bf16 = bf16
-        measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: sfd_step(
-            *own, torch.randn(a.batch, *shape, device=device), *draw_labels(a.batch, override, kept), s, net.sigma_data), kept_images, "kept ", first)
+        measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: our_step(own), kept_images, "kept ", first)
 
     student, _, _, optimizer, _ = models(fast)
     x, label = torch.randn(a.batch, *shape, device=device), torch.eye(K, device=device)[torch.arange(a.batch, device=device) % K]

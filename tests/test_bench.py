@@ -15,3 +15,8 @@ def test_benchmark(tiny):
 def test_published_architecture_takes_a_step():
     done = subprocess.run([*program("tests/bench.py"), "--published"], capture_output=True, text=True)
     assert done.returncode == 0 and "55.7 M parameters, one SFD step" in done.stdout, done.stdout + done.stderr
+
+
+def test_profile_names_the_convolution(tiny):
+    done = subprocess.run([*program("tests/bench.py"), "--teacher", str(tiny), "--batch", "8", "--profile"], capture_output=True, text=True)
+    assert done.returncode == 0 and "convolution_backward" in done.stdout, done.stdout + done.stderr
