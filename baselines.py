@@ -364,7 +364,10 @@ def run_method(name, bench):
     """Train and judge one method; its folder gets generator.pt and metrics.json. Returns the metrics."""
     s, out = bench.s, Path(bench.s.out) / name
     if s.resume and (out / "metrics.json").exists():
-        return json.loads((out / "metrics.json").read_text())
+        row = json.loads((out / "metrics.json").read_text())
+        if (row["seed"], row["per_label"]) != (s.seed, s.per_label):
+            raise BadInput(f"{out} is of --seed {row['seed']} --per-label {row['per_label']}: say so to resume, or choose another --out")
+        return row
     resume = s.resume and (out / "checkpoint.pt").exists()
     print(f"{name}: {'going on' if resume else 'starting'} in {out}")
     if name in METHODS:
@@ -378,7 +381,8 @@ def run_method(name, bench):
     save_atomically({"kind": "denoiser", **pack(network, half=True), **extra}, out / "generator.pt")
     generate, _, nfe = evaluate.load_generator(out / "generator.pt", bench.device)  # what is judged is what is saved, half precision and all
     row = bench.judge(generate, s.per_label, 5 * s.per_label, name)
-    row |= {"nfe": nfe, "real_data": "none" if name in OWN_IMAGES else METHODS[name.removesuffix("_sid")].data, "seconds": extra["seconds"], "settings": extra["settings"]}
+    row |= {"nfe": nfe, "real_data": "none" if name in OWN_IMAGES else METHODS[name.removesuffix("_sid")].data, "seconds": extra["seconds"],
+            "settings": extra["settings"], "seed": s.seed, "per_label": s.per_label}
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
 

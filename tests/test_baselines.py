@@ -123,6 +123,8 @@ def test_bench_resumes_what_is_finished(bench, monkeypatch):
         baselines.main(argv)
     monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a finished method ran again"))
     baselines.main([*argv, "--resume"])
+    with pytest.raises(common.BadInput, match="--per-label 4"):
+        baselines.main([*argv, "--resume", "--per-label", "5"])
 
 
 def test_masked_weights_stay(bench):
