@@ -246,6 +246,9 @@ def main(argv):
 
     import evaluate  # here, so that the method above needs none of it
     referee = evaluate.Referee(s.data, device, forget, to) if find_weights(s.data, "judge2") else None
+    if referee and (misfit := referee.misfit(teacher.settings)):
+        print(f"note: {misfit}; this run will not be judged")
+        referee = None
     if referee:
         referee.check(teacher.settings, s.per_label)
     print(f"SFD on {device.type}: forget {forget or 'nothing'}" + (f", drawing {' '.join(s.to)} instead" if forget else "")
@@ -258,7 +261,7 @@ def main(argv):
     save_atomically({"kind": "denoiser", **pack(fold(G, s.sigma_init) if s.fold else G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
     if not referee:
-        return print(f"{run.out}/generator.pt is there, but no judge of {s.data} to say what it draws: train them with "
+        return print(f"{run.out}/generator.pt is there, but no judge of such images to say what it draws: train them with "
                      f"`python train_teacher.py --data {s.data} --judge`, then `python evaluate.py {run.out}`")
     evaluate.verdict(run.out, device, s.per_label)
 

@@ -88,7 +88,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("sfd", "--init-from {}/other-net.pt", "another network"), ("sfd", "--init-from {}/other-fake.pt", "do not fit"),
     ("sfd", "--resume", "no such file"), ("sfd", "--resume --overwrite", "one of them"), ("sfd", "--seed -1", "--seed"), ("sfd", "--forget \u00b2", "out of range"),
     ("sfd", "--device meta", "not there"), ("sfd", "--save-every 0", "above zero"), ("sfd", "--forget none --lambda-forget 2", "no meaning"),
-    ("sfd", "--teacher {}/good.pt", "another data set"), ("sfd", "--forget 0 1 2 3 4 5 6 7 8 --to 9 --per-label 3", "too few"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"), ("sfd", "--out {}/a-file", "cannot write"),
+    ("sfd", "--forget 0 1 2 3 4 5 6 7 8 --to 9 --per-label 3", "too few"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"), ("sfd", "--out {}/a-file", "cannot write"),
     ("sfd", "--sample {}/nowhere.pt --out x.png", "no such file"), ("sfd", "--sample {}/good.pt", "needs --out"),
     ("sfd", "--sample {}/good.pt --label 10 --out x.png", "out of range"), ("sfd", "--sample {}/good.pt --n 0 --out x.png", "above zero"),
     ("sfd", "--sample {}/good.pt --steps 5 --out x.png", "no meaning"), ("sfd", "--label 3", "belong to --sample"),
@@ -97,7 +97,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("teacher", "--data {}/oblong", "not square"), ("teacher", "--steps 0", "above zero"), ("teacher", "--lr -1", "above zero"),
     ("teacher", "--ema 1.5", "[0, 1)"), ("teacher", "--p-std 0", "above zero"), ("teacher", "--data x --size 0", "above zero"), ("teacher", "--size 32", "for folders"), ("teacher", "--judge --ema 0.5", "no meaning"),
     ("teacher", "--p-mean nan", "finite"), ("teacher", "--data {}/a-file", "no folder of class folders"), ("teacher", "--data {}/one-each", "at least two"),
-    ("teacher", "--data {}/odd", "another --size"),
+    ("teacher", "--data {}/odd", "another --size"), ("teacher", "--data {}/odd --judge", "at least 16x16"),
     ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
     ("unet", "convert {}/nowhere.pkl x.pt", "no such file"), ("unet", "convert {}/text.pt x.pt", "not a published EDM"),
 ]

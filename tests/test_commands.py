@@ -1,5 +1,6 @@
 """Each command as a user would run it, at a tiny size, from the shipped teacher."""
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -8,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
+import sfd_minimal
+import train_teacher
 from conftest import ROOT, program
 from edm_unet import load_checkpoint
 
@@ -105,18 +109,20 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     assert load_checkpoint(tmp_path / "runs" / "mnist-forget4-torandom" / "generator.pt")[0].settings.folded
 
 
-def test_a_data_set_of_ones_own(tmp_path):
-    """A folder of class folders, under the recipe of CIFAR-10: teacher, then SFD without a judge, then the judges, then the verdict."""
-    import train_teacher
-    assert train_teacher.TEACHERS["images"] is train_teacher.TEACHERS["cifar10"] and train_teacher.JUDGES["images"] is train_teacher.JUDGES["cifar10"]
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):
+    """A folder of class folders, under the recipe of CIFAR-10 with a sixth of its channels: teacher, then SFD without a judge, then the judges, then the verdict."""
+    recipe = train_teacher.TEACHERS["cifar10"]
+    assert train_teacher.TEACHERS["images"] is recipe and train_teacher.JUDGES["images"] is train_teacher.JUDGES["cifar10"]
+    monkeypatch.setitem(train_teacher.TEACHERS, "images", recipe | {"net": dataclasses.replace(recipe["net"], model_channels=16)})
+    monkeypatch.chdir(tmp_path)
     for k, label in enumerate("ab"):
         (tmp_path / "my images" / label).mkdir(parents=True)
         for i in range(20):
-            Image.new("RGB", (8, 8), (200 * k, 10 * i, 90)).save(tmp_path / "my images" / label / f"{i}.png")
-    run(*program("train_teacher.py"), "--data", "my images", "--steps", 2, "--batch", 4, cwd=tmp_path)
-    out = run(*program("sfd_minimal.py"), "--data", "my images", "--forget", 0, "--to", 1, "--steps", 2, "--batch", 4, "--per-label", 8, cwd=tmp_path)
-    assert "no judge" in out
-    run(*program("train_teacher.py"), "--data", "my images", "--judge", "--steps", 2, "--batch", 4, cwd=tmp_path)
-    out = run(*program("evaluate.py"), "runs/my images-forget0-to1", "--per-label", 8, cwd=tmp_path)
-    assert "this generator" in out
+            Image.new("RGB", (16, 16), (200 * k, 10 * i, 90)).save(tmp_path / "my images" / label / f"{i}.png")
+    train_teacher.main(["--data", "my images", "--steps", "2", "--batch", "4"])
+    sfd_minimal.main(["--data", "my images", "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4", "--per-label", "8"])
+    assert "no judge" in capsys.readouterr().out
+    train_teacher.main(["--data", "my images", "--judge", "--steps", "2", "--batch", "4"])
+    evaluate.main(["runs/my images-forget0-to1", "--per-label", "8"])
+    assert "this generator" in capsys.readouterr().out
     assert (tmp_path / "runs" / "my images-forget0-to1" / "metrics.json").exists()
