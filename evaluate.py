@@ -54,11 +54,11 @@ class Judge(nn.Module):
 
     arch "cnn" (three poolings), "resnet" (six blocks of two convolutions) or, the fastest to train on photographs, "resnet9" (after Jordan 2024: frozen
     whitening filters, then three times a convolution that halves the side and one more beside it; sides of 16 and more, of any size once built).
-    ValueError for another arch or a smaller side."""
+    mirror: once trained, its features are the mean of those of the image and of its mirror image. ValueError for another arch or a smaller side."""
 
-    def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1):
+    def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1, mirror=False):
         super().__init__()
-        self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width, stem_stride=stem_stride)
+        self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width, stem_stride=stem_stride, mirror=mirror)
         w = width
         if arch == "cnn":
             plan = [(channels, w, stem_stride), "pool", (w, 2 * w, 1), (2 * w, 2 * w, 1), "pool", (2 * w, 4 * w, 1), "pool"]
@@ -82,6 +82,8 @@ class Judge(nn.Module):
 
     def forward(self, x):
         features = F.relu(self.trunk(x))
+        if self.settings["mirror"] and not self.training:
+            features = (features + F.relu(self.trunk(x.flip(3)))) / 2
         return self.head(features), features
 
 

@@ -253,7 +253,7 @@ def train_judge(s, device, number):
     recipe = recipe_of(s.data, JUDGES)
     net = recipe["nets"][number]
     try:
-        judge = Judge(**net, resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
+        judge = Judge(**net, mirror=recipe["mirror"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
     except ValueError as e:
         raise BadInput(f"{e}: another --size may help") from e
     judge = judge.to(device, memory_format=torch.channels_last)

@@ -2,14 +2,18 @@
 import collections
 import os
 import pickle
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import common
 import edm_pickle
 import edm_unet
+import evaluate
+from conftest import program
 from test_unet import golden
 
 FILE = Path(__file__).parent / "fixtures" / "edm_ddpmpp_official_format.pkl"
@@ -27,6 +31,18 @@ def test_reads_the_published_format(tmp_path):
         assert (again(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
     assert again.settings == model.settings and info["data"] == "cifar10"
     assert model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,) and model.settings.channel_mult == (1, 2, 2)
+
+
+def test_a_published_pickle_is_a_teacher(tmp_path):
+    """The command of the README, on a file of that format with smaller images than the judges of CIFAR-10 know."""
+    done = subprocess.run([*program("sfd_minimal.py"), "--teacher", str(FILE), "--data", "cifar10", "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "the judge knows 10 classes of 3x32x32 images; this run will not be judged" in done.stdout
+    generator, info = edm_unet.load_checkpoint(tmp_path / "runs" / "cifar10-forget0-to1" / "generator.pt")
+    assert generator.settings.resolution == 16 and info["forget"] == [0]
+    with pytest.raises(common.BadInput, match="another data set"):
+        evaluate.main([str(tmp_path / "runs" / "cifar10-forget0-to1"), "--teacher", str(FILE)])
 
 
 class Reduce:

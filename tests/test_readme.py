@@ -41,7 +41,7 @@ def test_the_two_commands():
 def test_options_named_are_options():
     known = {f"--{f.name.replace('_', '-')}" for s in (sfd_minimal.Settings, train_teacher.Settings, baselines.Settings) for f in dataclasses.fields(s)}
     for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("fidelity --gpu 0 --fid --input1 images --input2 cifar10-train", "")):
-        assert option in known | {"--help", "--seconds", "--audit", "--published"}, option
+        assert option in known | {"--help", "--seconds", "--audit", "--published", "--profile"}, option
 
 
 def test_lines_of_code_quoted_are_in_the_file():

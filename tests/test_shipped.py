@@ -1,8 +1,10 @@
 """The weights that come with the project are what their numbers say, on a few hundred samples."""
 import json
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import evaluate
 from conftest import ROOT
@@ -34,6 +36,23 @@ def test_teacher_and_judges_agree(judged, number):
     assert confusion.diag().sum().item() / 200 > accuracy - 0.03
 
 
+@pytest.mark.parametrize("number", ["", "2"])
+def test_judges_of_cifar10_know_photographs(number):
+    """On the first five test images of each class, one class per row of the picture, and as they were recorded on all of them."""
+    judge, info = evaluate.load_judge(TEACHERS / f"cifar10_judge{number}.pt", CPU)
+    with Image.open(ROOT / "tests" / "fixtures" / "cifar10_jpeg_test.png") as picture:
+        images = torch.tensor(np.asarray(picture)).reshape(10, 32, 5, 32, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
+    labels = torch.arange(10).repeat_interleave(5)
+    stats = evaluate.class_stats(judge, images, labels, keep=0)
+    assert stats["confusion"].diag().sum() >= 42 and info["accuracy"] > 0.85
+    assert f"{100 * info['accuracy']:.2f} %" in (TEACHERS / "README.md").read_text() and f"{100 * info['accuracy']:.2f} %" in (ROOT / "README.md").read_text()
+    mirrored = evaluate.class_stats(judge, images.flip(3), labels, keep=0)
+    assert torch.allclose(stats["mean"], mirrored["mean"], atol=1e-4), "a judge of photographs does not mind which way they look"
+    if number == "":
+        assert info["train"]["confusion"].sum() == 50_000 and info["test"]["confusion"].sum() == 10_000
+        assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
+
+
 def test_recorded_teacher_belongs_to_these_files():
     names = ["mnist.pt", "mnist_judge.pt", "mnist_judge2.pt"]
     assert read_file(TEACHERS / "mnist_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
@@ -63,7 +82,7 @@ def test_forgetful_generator_is_of_this_teacher_and_forgets():
 
 
 def test_weights_are_stored_in_half_precision():
-    for name in ("mnist.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt"):
+    for name in ("mnist.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
         assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
 
