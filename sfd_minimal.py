@@ -261,7 +261,7 @@ def main(argv):
     save_atomically({"kind": "denoiser", **pack(fold(G, s.sigma_init) if s.fold else G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
     if not referee:
-        return print(f"{run.out}/generator.pt is there, but no judge of such images to say what it draws: train them with "
+        return print(f"{run.out}/generator.pt is there, but no judges of such images to say what it draws: train them with "
                      f"`python train_teacher.py --data {s.data} --judge`, then `python evaluate.py {run.out}`")
     evaluate.verdict(run.out, device, s.per_label)
 
