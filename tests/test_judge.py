@@ -1,12 +1,12 @@
 """How the judges learn: batches, what is done to the images, the whitening stem, and a run that resumes."""
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-import common
 import train_teacher
 from evaluate import Judge, to_float
-from test_runs import assert_same, weights
+from test_runs import assert_same, stopped_after, weights
 from train_teacher import epoch_batch, jitter, shift_and_sharpen, whitening
 
 
@@ -63,8 +63,7 @@ def test_resnet9_takes_any_side(side):
         Judge("resnet9", 15, 3, 10, width=4)
 
 
-def test_judge_training_resumes_and_leaves_the_stem(tmp_path, monkeypatch):
-    from PIL import Image
+def test_judge_training_resumes_and_leaves_the_stem(tmp_path):
     folder = tmp_path / "images of two kinds"
     for k, label in enumerate("ab"):
         (folder / label).mkdir(parents=True)
@@ -72,15 +71,7 @@ def test_judge_training_resumes_and_leaves_the_stem(tmp_path, monkeypatch):
             Image.effect_noise((16, 16), 20 + 60 * k).convert("RGB").save(folder / label / f"{i}.png")
     base = ["--data", str(folder), "--judge", "--batch", "4", "--steps", "6"]
     train_teacher.main([*base, "--out", str(tmp_path / "whole")])
-    save = common.Run.save
-
-    def save_and_stop(run):
-        save(run)
-        if run.step == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(common.Run, "save", save_and_stop)
+    with stopped_after(3):
         train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
     assert weights(tmp_path / "cut")[0] == 3
     stem = weights(tmp_path / "cut")[1]["judge"]["trunk.0.weight"].clone()

@@ -1,4 +1,5 @@
 """Runs that survive: SIGKILL, Ctrl-C, a full disk, wrong settings; and the same numbers for the same seed."""
+import contextlib
 import json
 import os
 import re
@@ -42,6 +43,21 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@contextlib.contextmanager
+def stopped_after(step):
+    """The run within is interrupted right after it was saved at `step`."""
+    save = common.Run.save
+
+    def save_and_stop(run):
+        save(run)
+        if run.step == step:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(common.Run, "save", save_and_stop)
+        yield
 
 
 KILLER = textwrap.dedent("""
@@ -175,19 +191,8 @@ def test_teacher_training_resumes(tmp_path):
             Image.new("RGB", (8, 8), (120 * k, 20 * i, 90)).save(folder / label / f"{i}.png")
     base = ["--data", str(folder), "--batch", "4", "--seed", "3", "--steps", "6", "--warmup", "2"]
     train_teacher.main([*base, "--out", str(tmp_path / "whole")])
-    real = common.Run.save
-
-    def save_and_stop(run):
-        real(run)
-        if run.step == 3:
-            raise KeyboardInterrupt
-
-    common.Run.save = save_and_stop
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
-    finally:
-        common.Run.save = real
+    with stopped_after(3):
+        train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
     assert weights(tmp_path / "cut")[0] == 3
     train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
     assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
