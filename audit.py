@@ -27,13 +27,12 @@ class Suspect:
     """A network said to have forgotten label c_f, and how to ask it. z, images (B, C, H, W); labels (B, K)."""
 
     def __init__(self, path, device, fast=False):
-        self.generate, self.network, self.nfe = evaluate.load_generator(path, device)
+        self.generate, self.network, content = evaluate.load_generator(path, device)
         self.network.requires_grad_(False)
-        content = read_file(path, "denoiser")
         if len(content.get("forget", [])) != 1:
             raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
         self.c_f, self.data, self.device, self.net = content["forget"][0], content["data"], device, self.network.settings
-        self.K, self.one_step = self.net.num_classes, self.nfe == 1
+        self.K, self.nfe, self.one_step = self.net.num_classes, content["nfe"], content["nfe"] == 1
         self.sigma_init = content.get("sigma_init")
         self.referee = evaluate.Referee(self.data, device, [self.c_f], content["to"])
         self.share = 20 if fast else 1  # of all efforts, one in so many: for tests

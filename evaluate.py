@@ -208,11 +208,12 @@ def many_step(teacher):
 
 
 def load_generator(path, device):
-    """(generate(z, one-hot) -> images, network, evaluations per image) of a one-step generator's file, or of a teacher's."""
+    """(generate(z, one-hot) -> images, network, its file's other entries and "nfe", the evaluations per image) of a one-step generator's
+    file, or of a teacher's."""
     network, info = load_checkpoint(path, device)
     if "sigma_init" in info:
-        return one_step(network, info["sigma_init"]), network, 1
-    return many_step(network), network, 2 * TEACHER_STEPS - 1
+        return one_step(network, info["sigma_init"]), network, info | {"nfe": 1}
+    return many_step(network), network, info | {"nfe": 2 * TEACHER_STEPS - 1}
 
 
 def images_per_second(generate, net, device, n):
@@ -390,6 +391,7 @@ def results_table(files):
         s = m["settings"]
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
         name += f", lambda_forget {s['lambda_forget']:g}" if s["lambda_forget"] != 1 else ""
+        name += f", teacher {Path(s['teacher']).stem}" if s["teacher"] else ""
         add(name, m, m["teacher"], f"{m['seconds']:.0f}")
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])

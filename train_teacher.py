@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchvision import datasets
 
 from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
-from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, pack, save_atomically
+from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, load_checkpoint, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, to_float
 from figures import samples_figure
 
@@ -46,8 +46,10 @@ class Settings:
     ema: float = setting(0.999, "decay of the weight average that is shipped")
     p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
     p_std: float = setting(1.2, "standard deviation of ln sigma in training")
+    guidance: float = setting(1.0, "strength of the guidance that becomes part of the network, so that drawing needs none; 1 is EDM's own loss")
     label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'")
     seed: int = setting(0, "random seed")
+    init_from: str = setting("", "start from the weights of this teacher, not from fresh ones")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     compile: bool = setting(False, "torch.compile the network")
     out: str = setting("", "folder to write to (default: runs/<data>-teacher or runs/<data>-judge)")
@@ -68,6 +70,8 @@ class Settings:
         check_run(self)
         if not math.isfinite(self.p_mean or 0):
             raise BadInput(f"--p-mean must be finite, not {self.p_mean}")
+        if not 1 <= self.guidance < float("inf"):
+            raise BadInput(f"--guidance must be at least 1 and finite, not {self.guidance}")
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
             raise BadInput("--label-drop and --ema must lie in [0, 1)")
 
@@ -118,14 +122,18 @@ def load_folder(root, size, train):
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels), folder.classes
 
 
+def mirror(x, which):
+    """x (B, C, H, W), mirrored left to right where which (B,) is true."""
+    return torch.where(which[:, None, None, None], x.flip(3), x)
+
+
 def batches(images, labels, batch, flip):
     """Endless (image in [-1, 1], label) batches, drawn with replacement on the images' own device."""
     while True:
         i = torch.randint(len(images), (batch,), device=images.device)
         x = to_float(images[i])
         if flip:
-            mirrored = torch.rand(batch, device=images.device) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
+            x = mirror(x, torch.rand(batch, device=images.device) < 0.5)
         yield x, labels[i]
 
 
@@ -135,9 +143,17 @@ def distance(D, target, sigma, sd=0.5):
     return (weight * (D - target) ** 2).mean()
 
 
-def edm_loss(D, x, sigma, label):
-    """w(sigma) ||D(x + sigma eps; sigma, label) - x||^2: Karras et al. 2022, eq. 2. Mean over all."""
-    return distance(D(x + sigma * torch.randn_like(x), sigma, label), x, sigma, D.settings.sigma_data)
+def edm_loss(D, x, sigma, label, guidance=1.0):
+    """w(sigma) ||D(x_t; sigma, label) - x||^2, x_t = x + sigma eps: Karras et al. 2022, eq. 2. Mean over all.
+
+    With guidance g the target is x + (1 - 1/g) sg[D(x_t; label) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154), and what minimises the loss
+    is E_0 + g (E_label - E_0), E the posterior means: one evaluation of D gives what classifier-free guidance takes two for."""
+    x_t = x + sigma * torch.randn_like(x)
+    D_x = D(x_t, sigma, label)
+    if guidance != 1:
+        with torch.no_grad():
+            x = x + (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(label)))
+    return distance(D_x, x, sigma, D.settings.sigma_data)
 
 
 def report(run, loss):
@@ -165,6 +181,11 @@ def train_teacher(s, device):
     except ValueError as e:
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
     model = EDMPrecond(net).to(device)
+    if s.init_from:
+        initial, _ = load_checkpoint(s.init_from, device)
+        if initial.settings != net:
+            raise BadInput(f"{s.init_from} is another network, {initial.settings}, than the one to train, {net}")
+        model.load_state_dict(initial.state_dict())
     average = EDMPrecond(net).to(device).eval()
     average.load_state_dict(model.state_dict())
     model.bf16 = average.bf16 = has_fast_bf16(device)
@@ -181,7 +202,7 @@ def train_teacher(s, device):
         u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch  # stratified: less variance
         normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
         sigma = (s.p_mean + s.p_std * normal).exp().reshape(-1, 1, 1, 1)
-        loss = edm_loss(D, x, sigma, label)
+        loss = edm_loss(D, x, sigma, label, s.guidance)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:
@@ -197,15 +218,13 @@ def train_teacher(s, device):
     print(f"{Path(s.out) / 'teacher.pt'} after {run.seconds:.0f} s; samples in {Path(s.out) / 'samples.png'}")
 
 
-def epoch_batch(images, labels, batch, step, mirror):
-    """Batch number `step` of (image in [-1, 1], label): each image once in an epoch, and mirrored in every second one if `mirror`."""
+def epoch_batch(images, labels, batch, step, flip):
+    """Batch number `step` of (image in [-1, 1], label): each image once in an epoch, and mirrored in every second one if `flip`."""
     epoch, i = divmod(step, max(1, len(images) // batch))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
     i = order[i * batch:(i + 1) * batch].to(images.device)
     x = to_float(images[i])
-    if mirror:
-        x = torch.where(((i + epoch) % 2 == 0)[:, None, None, None], x.flip(3), x)
-    return x, labels[i]
+    return mirror(x, (i + epoch) % 2 == 0) if flip else x, labels[i]
 
 
 def jitter(x, progress):

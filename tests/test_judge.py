@@ -15,15 +15,15 @@ def test_an_epoch_has_each_image_once_and_the_next_one_its_mirror_image():
     labels = torch.arange(8)
     seen = []
     for epoch in range(2):
-        parts = [epoch_batch(images, labels, 4, 2 * epoch + i, mirror=True) for i in range(2)]
+        parts = [epoch_batch(images, labels, 4, 2 * epoch + i, flip=True) for i in range(2)]
         x, c = (torch.cat(p) for p in zip(*parts))
         assert sorted(c.tolist()) == list(range(8))
         seen.append(x[c.argsort()])
     plain = to_float(images)
     for a, b, image in zip(*seen, plain):
         assert {tuple(a.flatten().tolist()), tuple(b.flatten().tolist())} == {tuple(image.flatten().tolist()), tuple(image.flip(2).flatten().tolist())}
-    x, c = epoch_batch(images, labels, 4, 3, mirror=False)
-    assert torch.equal(x, plain[c]) and torch.equal(epoch_batch(images, labels, 4, 3, mirror=False)[1], c)
+    x, c = epoch_batch(images, labels, 4, 3, flip=False)
+    assert torch.equal(x, plain[c]) and torch.equal(epoch_batch(images, labels, 4, 3, flip=False)[1], c)
 
 
 def test_photographs_are_shifted_and_grow_sharper():

@@ -89,10 +89,10 @@ def test_headline_is_the_main_run():
         assert number in head, number
 
 
-def test_teachers_readme_says_what_was_measured():
+@pytest.mark.parametrize("teacher", ["mnist", "mnist_guided"])
+def test_teachers_readme_says_what_was_measured(teacher):
     text = (ROOT / "teachers" / "README.md").read_text()
-    measured = read_file(ROOT / "teachers" / "mnist_measured.pt", "measured")
-    confusion = measured["stats"]["confusion"]
+    confusion = read_file(ROOT / "teachers" / f"{teacher}_measured.pt", "measured")["stats"]["confusion"]
     assert f"{100 * confusion.diag().sum().item() / confusion.sum().item():.2f}" in text
     assert " | ".join(f"{100 * a:.1f}" for a in (confusion.diag() / confusion.sum(1)).tolist()) in text
 

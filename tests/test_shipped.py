@@ -14,22 +14,22 @@ TEACHERS = ROOT / "teachers"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def judged():
-    """200 images of the teacher by 35 evaluations, seen by both judges."""
-    teacher, _ = load_checkpoint(TEACHERS / "mnist.pt")
+@pytest.fixture(scope="module", params=["mnist", "mnist_guided"])
+def judged(request):
+    """200 images of a teacher by 35 evaluations, to be seen by both judges."""
+    teacher, _ = load_checkpoint(TEACHERS / f"{request.param}.pt")
     labels = torch.arange(10).repeat_interleave(20)
     images = evaluate.draw(evaluate.many_step(teacher), labels, teacher.settings, CPU, seed=5)
-    return labels, images
+    return request.param, labels, images
 
 
 @pytest.mark.parametrize("number", ["", "2"])
 def test_teacher_and_judges_agree(judged, number):
-    labels, images = judged
+    name, labels, images = judged
     judge, info = evaluate.load_judge(TEACHERS / f"mnist_judge{number}.pt", CPU)
     assert info["accuracy"] >= 0.994
     confusion = evaluate.class_stats(judge, images, labels, keep=0)["confusion"]
-    remembered = read_file(TEACHERS / "mnist_measured.pt", "measured")
+    remembered = read_file(TEACHERS / f"{name}_measured.pt", "measured")
     recorded = remembered["stats"]["confusion"].double()
     accuracy = (recorded.diag().sum() / recorded.sum()).item()
     assert recorded.sum() == 10_000
@@ -53,9 +53,10 @@ def test_judges_of_cifar10_know_photographs(number):
         assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
 
 
-def test_recorded_teacher_belongs_to_these_files():
-    names = ["mnist.pt", "mnist_judge.pt", "mnist_judge2.pt"]
-    assert read_file(TEACHERS / "mnist_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
+@pytest.mark.parametrize("teacher", ["mnist", "mnist_guided"])
+def test_recorded_teacher_belongs_to_these_files(teacher):
+    names = [f"{teacher}.pt", "mnist_judge.pt", "mnist_judge2.pt"]
+    assert read_file(TEACHERS / f"{teacher}_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
 
 
 def test_one_step_generator_is_of_this_teacher():
@@ -82,7 +83,7 @@ def test_forgetful_generator_is_of_this_teacher_and_forgets():
 
 
 def test_weights_are_stored_in_half_precision():
-    for name in ("mnist.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
+    for name in ("mnist.pt", "mnist_guided.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
         assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
 
