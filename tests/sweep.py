@@ -32,7 +32,7 @@ def main():
             teacher, _, _ = sfd_minimal.load_teacher(s, device)
             referee = evaluate.Referee(s.data, device, [0], [1])
             run, _, _ = sfd_minimal.distil(s, [0], [1], teacher, device, lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings))
-            result = {"options": " ".join([*shared, row]), **run.history[-1]}
+            result = {"options": " ".join([*shared, *row.split()]), **run.history[-1]}
             if table is None:
                 table = csv.DictWriter(sys.stdout, list(result))
                 table.writeheader()
