@@ -148,12 +148,12 @@ def edm_loss(D, x, sigma, label, guidance=1.0):
 
     With guidance g the target is x + (1 - 1/g) sg[D(x_t; label) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154), and what minimises the loss
     is E_0 + g (E_label - E_0), E the posterior means: one evaluation of D gives what classifier-free guidance takes two for."""
-    x_t = x + sigma * torch.randn_like(x)
+    x_t, target = x + sigma * torch.randn_like(x), x
     D_x = D(x_t, sigma, label)
     if guidance != 1:
         with torch.no_grad():
-            x = x + (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(label)))
-    return distance(D_x, x, sigma, D.settings.sigma_data)
+            target = x + (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(label)))
+    return distance(D_x, target, sigma, D.settings.sigma_data)
 
 
 def report(run, loss):
