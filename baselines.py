@@ -33,9 +33,10 @@ from train_teacher import batches, distance, edm_loss, load_images
 class World:
     """The teacher phi, the labels, and, for the methods that ask for it, real data. Options of a method are attributes: w.eta."""
 
-    def __init__(self, phi, c_f, c_o, p_mean, guidance, batch, device, data=None):
+    def __init__(self, phi, c_f, c_o, made_by, batch, device, data=None):
         self.phi, self.c_f, self.c_o, self.batch, self.device, self.data = phi, c_f, c_o, batch, device, data
-        self.p_mean, self.guidance = p_mean, guidance  # as the teacher was trained
+        self.p_mean = made_by.get("p_mean", -1.2)  # as the teacher was trained; EDM's, where its file does not say
+        self.guidance = made_by.get("guidance", 1.0), made_by.get("guidance_below", float("inf"))
         self.net, self.K = phi.settings, phi.settings.num_classes
         self.kept = torch.tensor([k for k in range(self.K) if k != c_f], device=device)
         self.real, self.mask = {}, []
@@ -76,7 +77,7 @@ class World:
 
 def denoising(v, x, label, w):
     """The teacher's own loss on images x under labels (n, K), one label in ten dropped."""
-    return edm_loss(v, x, w.noise_levels(len(x)), label * (torch.rand(len(x), 1, device=w.device) >= 0.1), w.guidance)
+    return edm_loss(v, x, w.noise_levels(len(x)), label * (torch.rand(len(x), 1, device=w.device) >= 0.1), *w.guidance)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the losses
@@ -285,7 +286,7 @@ def unlearn(name, method, bench, out, resume):
     s, phi, device = bench.s, bench.teacher, bench.device
     training = Training(name, bench.c_f, bench.c_o, s.seed, method.steps, method.batch, method.lr, method.ema, method.only, method.options)
     seed_everything(s.seed)
-    w = World(phi, bench.c_f, bench.c_o, bench.p_mean, bench.guidance, method.batch, device, bench.real_data)
+    w = World(phi, bench.c_f, bench.c_o, bench.info.get("made_by", {}), method.batch, device, bench.real_data)
     for option, value in method.options.items():
         setattr(w, option, value)
     v, average = (EDMPrecond(phi.settings).to(device) for _ in range(2))
@@ -342,8 +343,6 @@ class Bench:
     def __init__(self, s):
         self.s, self.device = s, pick_device(s.device)
         self.teacher, self.info, self.teacher_path = sfd_minimal.load_teacher(sfd_minimal.Settings(data=s.data), self.device)
-        made_by = self.info.get("made_by", {})
-        self.p_mean, self.guidance = made_by.get("p_mean", -1.2), made_by.get("guidance", 1.0)  # EDM's, where the file does not say
         self.net, K = self.teacher.settings, self.teacher.settings.num_classes
         self.c_f, self.c_o = label_number(s.forget, K), label_number(s.to, K)
         if self.c_f == self.c_o:

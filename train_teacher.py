@@ -47,6 +47,7 @@ class Settings:
     p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
     p_std: float = setting(1.2, "standard deviation of ln sigma in training")
     guidance: float = setting(1.0, "strength of the guidance that becomes part of the network, so that drawing needs none; 1 is EDM's own loss")
+    guidance_below: float = setting(float("inf"), "only at noise levels sigma below this")
     label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'")
     seed: int = setting(0, "random seed")
     init_from: str = setting("", "start from the weights of this teacher, not from fresh ones")
@@ -72,6 +73,8 @@ class Settings:
             raise BadInput(f"--p-mean must be finite, not {self.p_mean}")
         if not 1 <= self.guidance < float("inf"):
             raise BadInput(f"--guidance must be at least 1 and finite, not {self.guidance}")
+        if not self.guidance_below > 0 or self.guidance == 1 and self.guidance_below != float("inf"):
+            raise BadInput(f"--guidance-below must be above zero, not {self.guidance_below}, and has no meaning without --guidance")
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
             raise BadInput("--label-drop and --ema must lie in [0, 1)")
 
@@ -143,7 +146,7 @@ def distance(D, target, sigma, sd=0.5):
     return (weight * (D - target) ** 2).mean()
 
 
-def edm_loss(D, x, sigma, label, guidance=1.0):
+def edm_loss(D, x, sigma, label, guidance=1.0, guidance_below=float("inf")):
     """w(sigma) ||D(x_t; sigma, label) - x||^2, x_t = x + sigma eps: Karras et al. 2022, eq. 2. Mean over all.
 
     With guidance g the target is x + (1 - 1/g) sg[D(x_t; label) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154), and what minimises the loss
@@ -152,7 +155,7 @@ def edm_loss(D, x, sigma, label, guidance=1.0):
     D_x = D(x_t, sigma, label)
     if guidance != 1:
         with torch.no_grad():
-            target = x + (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(label)))
+            target = x + (sigma < guidance_below) * (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(label)))
     return distance(D_x, target, sigma, D.settings.sigma_data)
 
 
@@ -182,7 +185,9 @@ def train_teacher(s, device):
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
     model = EDMPrecond(net).to(device)
     if s.init_from:
-        initial, _ = load_checkpoint(s.init_from, device)
+        initial, info = load_checkpoint(s.init_from, device)
+        if "sigma_init" in info:
+            raise BadInput(f"{s.init_from} is a one-step generator, not a teacher")
         if initial.settings != net:
             raise BadInput(f"{s.init_from} is another network, {initial.settings}, than the one to train, {net}")
         model.load_state_dict(initial.state_dict())
@@ -202,7 +207,7 @@ def train_teacher(s, device):
         u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch  # stratified: less variance
         normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
         sigma = (s.p_mean + s.p_std * normal).exp().reshape(-1, 1, 1, 1)
-        loss = edm_loss(D, x, sigma, label, s.guidance)
+        loss = edm_loss(D, x, sigma, label, s.guidance, s.guidance_below)
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:

@@ -1,6 +1,7 @@
 """Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra; and a small network for them.
 The tests hold the method against it, and the first notebook draws it."""
 import math
+import types
 
 import torch
 from torch import nn
@@ -43,6 +44,19 @@ def ring(labels=5, radius=2.0, dtype=torch.float64):
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
     widths = torch.stack([0.3 + 0.1 * torch.arange(labels, dtype=dtype) / labels, torch.full((labels,), 0.2, dtype=dtype)], 1)
     return Gaussians(means, turn @ torch.diag_embed(widths ** 2) @ turn.mT)
+
+
+class Guided(nn.Module):
+    """E_0 + g (E_label - E_0) of the posterior means of D at noise levels below `below`, E_label above; g is its only weight."""
+    settings = types.SimpleNamespace(sigma_data=SD)
+
+    def __init__(self, D, g, below=math.inf):
+        super().__init__()
+        self.D, self.below, self.g = D, below, nn.Parameter(torch.tensor(g))
+
+    def forward(self, x, sigma, label):
+        E_0, sigma = self.D(x, sigma, 0 * label), torch.as_tensor(sigma).reshape(-1, 1)
+        return E_0 + torch.where(sigma < self.below, self.g, 1.0) * (self.D(x, sigma, label) - E_0)
 
 
 class MLP(nn.Module):

@@ -25,7 +25,7 @@ def world(tiny):
     phi, _ = load_checkpoint(tiny)
     phi.requires_grad_(False)
     data = lambda: (torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8), torch.arange(60) % 10)
-    w = baselines.World(phi, C_F, C_O, 0.2, 1.3, 8, torch.device("cpu"), data)
+    w = baselines.World(phi, C_F, C_O, {"p_mean": 0.2, "guidance": 1.3}, 8, torch.device("cpu"), data)
     w.eta, w.beta, w.lam, w.reverse = 1.0, 0.5, 10.0, False
     v = copy.deepcopy(phi).requires_grad_(True)
     baselines.record_paths(v, w, n=4)

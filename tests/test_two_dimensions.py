@@ -1,12 +1,14 @@
 """The fixed point, on a labelled mixture whose scores are known: asked for c_f, the generator draws c_o, and only because of the
 score-forgetting term. The project's own step, small MLPs for the generator and the fake score."""
 import copy
+import math
 import types
 
 import pytest
 import torch
 
-from closed_form import MLP, SD, fit, ring
+from closed_form import MLP, SD, Guided, fit, ring
+from edm_unet import heun_sampler
 from sfd_minimal import decay, draw_labels, sfd_step
 
 C_F, C_O = 0, 2
@@ -69,3 +71,18 @@ def test_without_the_term_nothing_is_forgotten(pretrained):
     truth, start = pretrained
     generator = run(truth, start, lambda_forget=0.0, steps=4000, train_fake_on_c_f=False)
     assert is_component(generator, C_F, truth, C_O)[0] > 2, "label c_f moved to c_o although nothing asked it to"
+
+
+def test_a_one_step_generator_takes_guidance_further_than_the_sampler(pretrained):
+    """At high noise a guided denoiser points beyond the data. The sampler passes those levels first and mends at the lower ones; S weighs all of
+    them alike. So the generator goes further out than the sampler, and less far if guidance is left to the lower levels."""
+    truth, start = pretrained
+    label = torch.eye(5)[[1] * 2000]
+
+    def reach(below):
+        sampled = heun_sampler(Guided(ring(), 1.5, below), torch.randn(2000, 2), label).mean(0).norm().item()
+        return sampled, drawn(run(Guided(truth, 1.5, below), start, 1.0, steps=1500), 1)[0].norm().item()
+
+    (sampler, generator), (sampler_low, generator_low) = reach(math.inf), reach(1.5)
+    print(f"real images at 2.00; guided everywhere: sampler {sampler:.2f}, one step {generator:.2f}; below 1.5: {sampler_low:.2f} and {generator_low:.2f}")
+    assert generator > sampler + 0.05 and generator_low < generator
