@@ -81,8 +81,8 @@ def test_a_one_step_generator_takes_guidance_further_than_the_sampler(pretrained
 
     def reach(below):
         sampled = heun_sampler(Guided(ring(), 1.5, below), torch.randn(2000, 2), label).mean(0).norm().item()
-        return sampled, drawn(run(Guided(truth, 1.5, below), start, 1.0, steps=1500), 1)[0].norm().item()
+        return sampled, drawn(run(Guided(truth, 1.5, below), start, 1.0, steps=800), 1)[0].norm().item()
 
     (sampler, generator), (sampler_low, generator_low) = reach(math.inf), reach(1.5)
     print(f"real images at 2.00; guided everywhere: sampler {sampler:.2f}, one step {generator:.2f}; below 1.5: {sampler_low:.2f} and {generator_low:.2f}")
-    assert generator > sampler + 0.05 and generator_low < generator
+    assert generator > sampler + 0.2 and abs(generator_low - sampler_low) < 0.1
