@@ -47,7 +47,7 @@ class Settings:
     p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
     p_std: float = setting(1.2, "standard deviation of ln sigma in training")
     guidance: float = setting(1.0, "strength of the guidance that becomes part of the network, so that drawing needs none; 1 is EDM's own loss")
-    guidance_below: float = setting(float("inf"), "only at noise levels sigma below this")
+    guidance_below: float = setting(float("inf"), "guide only at noise levels sigma below this")
     label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'")
     seed: int = setting(0, "random seed")
     init_from: str = setting("", "start from the weights of this teacher, not from fresh ones")
@@ -150,7 +150,8 @@ def edm_loss(D, x, sigma, label, guidance=1.0, guidance_below=float("inf")):
     """w(sigma) ||D(x_t; sigma, label) - x||^2, x_t = x + sigma eps: Karras et al. 2022, eq. 2. Mean over all.
 
     With guidance g the target is x + (1 - 1/g) sg[D(x_t; label) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154), and what minimises the loss
-    is E_0 + g (E_label - E_0), E the posterior means: one evaluation of D gives what classifier-free guidance takes two for."""
+    is E_0 + g (E_label - E_0), E the posterior means: one evaluation of D gives what classifier-free guidance takes two for. From
+    sigma = guidance_below up the target stays x (Kynkäänniemi et al. 2024, arXiv 2404.07724): what SFD distils should not point beyond the data."""
     x_t, target = x + sigma * torch.randn_like(x), x
     D_x = D(x_t, sigma, label)
     if guidance != 1:
