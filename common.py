@@ -124,6 +124,12 @@ def refuse_useless(s, useful, option):
         raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning with {option}")
 
 
+def refuse_generator(path, info):
+    """BadInput where the entries of a checkpoint, `info`, are those of a one-step generator: the file at `path` is no teacher."""
+    if "sigma_init" in info:
+        raise BadInput(f"{path} is a one-step generator, not a teacher")
+
+
 def seed_everything(seed):
     random.seed(seed)
     np.random.seed(seed)

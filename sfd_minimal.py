@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import (EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, refuse_useless,
-                    seed_everything, setting)
+from common import (EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, refuse_generator,
+                    refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, find_weights, fold, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
@@ -168,8 +168,7 @@ def load_teacher(s, device):
     if path is None:
         raise BadInput(f"no teacher at {s.teacher or 'teachers/'}: train one with `python train_teacher.py --data {s.data}`, or name one with --teacher")
     teacher, info = load_checkpoint(path, device)
-    if "sigma_init" in info:
-        raise BadInput(f"{path} is a one-step generator, not a teacher")
+    refuse_generator(path, info)
     if Path(info["data"]).name != Path(s.data).name:
         raise BadInput(f"{path} was trained on {info['data']}, not on {s.data}: say --data {info['data']}")
     return teacher.requires_grad_(False), info, path

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_useless, seed_everything, setting
+from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_generator, refuse_useless, seed_everything, setting
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, load_checkpoint, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, to_float
 from figures import samples_figure
@@ -187,8 +187,7 @@ def train_teacher(s, device):
     model = EDMPrecond(net).to(device)
     if s.init_from:
         initial, info = load_checkpoint(s.init_from, device)
-        if "sigma_init" in info:
-            raise BadInput(f"{s.init_from} is a one-step generator, not a teacher")
+        refuse_generator(s.init_from, info)
         if initial.settings != net:
             raise BadInput(f"{s.init_from} is another network, {initial.settings}, than the one to train, {net}")
         model.load_state_dict(initial.state_dict())

@@ -1,5 +1,5 @@
 """The teacher's training: what its loss is smallest at, and where a run begins."""
-import math
+from math import inf
 
 import pytest
 import torch
@@ -9,9 +9,6 @@ import train_teacher
 from closed_form import Guided, ring
 from conftest import ROOT
 from edm_unet import load_checkpoint
-
-
-inf = math.inf
 
 
 @pytest.mark.parametrize("guidance, below, sigmas, found", [(1.0, inf, (0, inf), 1.0), (1.3, inf, (0, inf), 1.3), (2.0, inf, (0, inf), 2.0),
