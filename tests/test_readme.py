@@ -89,7 +89,7 @@ def test_headline_is_the_main_run():
         assert number in head, number
 
 
-@pytest.mark.parametrize("teacher", ["mnist", "mnist_guided"])
+@pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
 def test_teachers_readme_says_what_was_measured(teacher):
     text = (ROOT / "teachers" / "README.md").read_text()
     confusion = read_file(ROOT / "teachers" / f"{teacher}_measured.pt", "measured")["stats"]["confusion"]

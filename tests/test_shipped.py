@@ -14,7 +14,7 @@ TEACHERS = ROOT / "teachers"
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["mnist", "mnist_guided"])
+@pytest.fixture(scope="module", params=["mnist", "mnist_plain"])
 def judged(request):
     """200 images of a teacher by 35 evaluations, to be seen by both judges."""
     teacher, _ = load_checkpoint(TEACHERS / f"{request.param}.pt")
@@ -53,7 +53,7 @@ def test_judges_of_cifar10_know_photographs(number):
         assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
 
 
-@pytest.mark.parametrize("teacher", ["mnist", "mnist_guided"])
+@pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
 def test_recorded_teacher_belongs_to_these_files(teacher):
     names = [f"{teacher}.pt", "mnist_judge.pt", "mnist_judge2.pt"]
     assert read_file(TEACHERS / f"{teacher}_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
@@ -83,7 +83,7 @@ def test_forgetful_generator_is_of_this_teacher_and_forgets():
 
 
 def test_weights_are_stored_in_half_precision():
-    for name in ("mnist.pt", "mnist_guided.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
+    for name in ("mnist.pt", "mnist_plain.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
         assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
 
