@@ -62,10 +62,14 @@ def curves_figure(log, teacher, path):
     left.axhline(100 * teacher["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
     left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
     left.legend(loc="lower right")
-    right.semilogy(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
+    right.plot(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
     right.axhline(teacher["fd"], color="gray", ls="--", lw=1, label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
     right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")
-    right.legend()
+    right.set_yscale("log", subs=(2, 5))
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
+    right.margins(y=0.3)  # room for the legend
+    right.legend(loc="upper right")
     for ax in (left, right):
         ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
     fig.savefig(path, dpi=110)
