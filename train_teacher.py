@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from common import EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_generator, refuse_useless, seed_everything, setting
+from common import (EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_generator,
+                    refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, load_checkpoint, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, to_float
 from figures import samples_figure

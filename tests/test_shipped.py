@@ -89,7 +89,7 @@ def test_weights_are_stored_in_half_precision():
 
 
 def test_committed_results_carry_their_circumstances():
-    files = sorted((ROOT / "results").glob("*-*.json"))
+    files = sorted((ROOT / "results").rglob("*-*.json"))
     assert files
     for f in files:
         m = json.loads(f.read_text())
