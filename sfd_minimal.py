@@ -11,7 +11,7 @@ is asked about another label. Three networks of one architecture, all started fr
     generator  x_g = G_theta(z, c) = D_theta(sigma_init z; sigma_init, c),   z ~ N(0, I),   one evaluation
 
 A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score is (D - x_t) / sigma^2. The method, from
-`fake_score_loss` to `sfd_step`, needs torch and three such denoisers, nothing else: copy it from here.
+`fake_score_loss` to `sfd_step`, needs torch, three such denoisers and two optimizers, nothing else: copy it from here.
 """
 import dataclasses
 import math
@@ -55,23 +55,24 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
 
 def draw_labels(batch, override, kept):
     """Labels for one step. override (K,) maps each label to the one the teacher is asked about: itself if kept, c_o if forgotten,
-    -1 for a fresh draw among `kept` (n,). Returns one-hot c_psi, c_phi (B, K), and forgotten (B,), true where they were overridden."""
-    asked = torch.randint(len(override), (batch,), device=override.device)
-    told = override[asked]
-    told = torch.where(told >= 0, told, kept[torch.randint(len(kept), (batch,), device=kept.device)])
-    one_hot = lambda c: F.one_hot(c, len(override)).float()
-    return one_hot(asked), one_hot(told), override[asked] != asked
+    -1 for a fresh draw among `kept` (n,). Returns one-hot (B, K) c_phi for the teacher and c_psi for generator and fake score, and
+    forgotten (B,), true where the teacher is asked about another label."""
+    c = torch.randint(len(override), (batch,), device=override.device)
+    c_o = override[c]
+    c_o = torch.where(c_o >= 0, c_o, kept[torch.randint(len(kept), (batch,), device=kept.device)])
+    one_hot = lambda labels: F.one_hot(labels, len(override)).float()
+    return one_hot(c_o), one_hot(c), override[c] != c
 
 
-def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_psi, c_phi, forgotten, s, sigma_data=0.5):
+def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data=0.5):
     """One step of SFD. One batch of the generator's images serves both updates, and kept and forgotten labels share each forward.
 
-    z (B, ...) normal noise; c_psi, c_phi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget.
+    z (B, ...) normal noise; c_phi, c_psi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget.
     Returns the terms of both losses, detached.
     """
     B, per_sample, theta = len(z), (-1,) + (1,) * (z.ndim - 1), list(generator.parameters())
 
-    # Generate: asked for c_f, the generator is still asked for c_f.
+    # Generate, under the label to forget too: what changes for it is the question to the teacher, c_phi.
     x_g = generator(s.sigma_init * z, s.sigma_init, c_psi)                                   # (B, ...)  with gradient to theta
 
     # psi step: the fake score learns the generator's images under the labels they were asked for. x_g is detached: theta stays.
@@ -85,6 +86,7 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_psi,
     u = 0.8 * torch.rand(B, device=z.device)
     sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))).pow(7).view(per_sample)
     S = score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, s.alpha)                # (B,)
+    # Both are sums over B, so that with lambda_forget = 1 they add up to the mean over the batch.
     L_keep = (S * ~forgotten).sum() / B      # S(G(z, c);   c_phi = c,   c_psi = c)      SiD on the labels to keep
     L_forget = (S * forgotten).sum() / B     # S(G(z, c_f); c_phi = c_o, c_psi = c_f)    the score-forgetting term
     L_theta = L_keep + s.lambda_forget * L_forget

@@ -102,10 +102,10 @@ def one_step(sfd, lambda_forget=0.7):
     before = copy.deepcopy((generator.state_dict(), fake.state_dict(), teacher.state_dict()))
     theta, psi = torch.optim.SGD(generator.parameters(), 1e-2), torch.optim.SGD(fake.parameters(), 1e-2)
     override = torch.tensor([3, 1, 2, 3, 4])
-    c_psi, c_phi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]))
+    c_phi, c_psi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]))
     z = torch.randn(32, 2, dtype=torch.float64)
     settings = types.SimpleNamespace(**{**vars(SETTINGS), "lambda_forget": lambda_forget})
-    terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_psi, c_phi, forgotten, settings)
+    terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_phi, c_psi, forgotten, settings)
     return types.SimpleNamespace(**locals())
 
 
@@ -128,14 +128,14 @@ def check_stop_gradients(sfd):
     assert all(p.grad is None for p in r.teacher.parameters()), "gradient reached the teacher"
 
     torch.manual_seed(5)  # the psi step alone, redone by hand: what the step left in fake.grad must be its gradient and nothing else
-    draws = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]))
+    c_phi, c_psi, _ = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]))
     z = torch.randn(32, 2, dtype=torch.float64)
     generator, fake = Linear(1), Linear(2)
     with torch.no_grad():
-        x_g = generator(2.5 * z, 2.5, draws[0])
+        x_g = generator(2.5 * z, 2.5, c_psi)
     sigma = (1.2 * torch.randn(32)).exp().view(-1, 1)
     x_t = x_g + sigma * torch.randn_like(x_g)
-    L = (((sigma ** 2 + 0.25) / (0.5 * sigma) ** 2) * (fake(x_t, sigma, draws[0]) - x_g) ** 2).sum(1).mean()
+    L = (((sigma ** 2 + 0.25) / (0.5 * sigma) ** 2) * (fake(x_t, sigma, c_psi) - x_g) ** 2).sum(1).mean()
     L.backward()
     for p, q in zip(fake.parameters(), r.fake.parameters()):
         assert torch.allclose(p.grad, q.grad, rtol=1e-6), "psi's gradient is not that of L_psi alone"
@@ -146,8 +146,8 @@ def check_stop_gradients(sfd):
     u = 0.8 * torch.rand(32)  # the theta step by hand, after psi's update
     sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
     eps = torch.randn_like(x_g)
-    x = generator(2.5 * z, 2.5, draws[0])
-    S, _ = independent_S(Linear(3), fake, x, draws[1], draws[0], sigma.view(-1, 1), eps, 1.2)
+    x = generator(2.5 * z, 2.5, c_psi)
+    S, _ = independent_S(Linear(3), fake, x, c_phi, c_psi, sigma.view(-1, 1), eps, 1.2)
     L = (S * torch.where(r.forgotten, 0.7, 1.0)).mean()
     for p, q in zip(torch.autograd.grad(L, list(generator.parameters())), r.generator.parameters()):
         assert torch.allclose(p, q.grad, rtol=1e-5), "theta's gradient is not that of L_theta alone"
@@ -184,7 +184,7 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
     "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
-    "override ignored": ("one_hot(asked), one_hot(told),", "one_hot(asked), one_hot(asked),"),
+    "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
 }
 
 
