@@ -3,6 +3,7 @@ and a training run that survives Ctrl-C, SIGKILL and a full disk."""
 import argparse
 import csv
 import dataclasses
+import hashlib
 import os
 import platform
 import random
@@ -146,6 +147,21 @@ class EMA:
     def update(self, step):
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+
+class Same:
+    """A part of a run that training leaves alone, like its teacher: a run that goes on must find the same weights."""
+
+    def __init__(self, what, model):
+        weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
+        self.what, self.sha256 = what, hashlib.sha256(weights).hexdigest()
+
+    def state_dict(self):
+        return {"sha256": self.sha256}
+
+    def load_state_dict(self, saved):
+        if saved != self.state_dict():
+            raise BadInput(f"cannot resume: {self.what} is another one than that which the run began with")
 
 
 class Run:

@@ -306,13 +306,18 @@ def load_checkpoint(path, device="cpu"):
     return model, content
 
 
-def find_weights(data, what, named=""):
-    """Path of the `what` (teacher, judge, judge2, sid) of a data set: the one named, else the one that comes with the project, else
-    the one that was trained in runs/. None where there is none."""
+def weight_files(data, what, named=""):
+    """Paths of the `what` (teacher, judge, judge2, sid) of a data set that are there: the one named, else the one that comes with the
+    project and the one that was trained in runs/."""
     name = Path(data).name
     shipped = Path(__file__).parent / "teachers" / (f"{name}.pt" if what == "teacher" else f"{name}_{what}.pt")
     trained = Path("runs") / f"{name}-{what}" / {"teacher": "teacher.pt", "sid": "both.pt"}.get(what, "judge.pt")
-    return next((path for path in ([Path(named)] if named else [shipped, trained]) if path.exists()), None)
+    return [path for path in ([Path(named)] if named else [shipped, trained]) if path.exists()]
+
+
+def find_weights(data, what, named=""):
+    """The first of `weight_files`, None where there is none."""
+    return next(iter(weight_files(data, what, named)), None)
 
 
 def has_fast_bf16(device):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import BadInput, Parser, command, label_number, machine, pick_device, positive
-from edm_unet import find_weights, heun_sampler, load_checkpoint, read_file, save_atomically
+from edm_unet import CheckpointError, find_weights, heun_sampler, load_checkpoint, read_file, save_atomically, weight_files
 from figures import curves_figure, samples_figure, tile, to_picture
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
@@ -234,6 +234,7 @@ class Referee:
         (self.judge, info), (self.judge2, _) = (load_judge(p, device) for p in self.paths)
         self.reference, self.floor, self.classes = info["train"], info["test"], info["classes"]
         self.device, self.forget, self.to, self.seed = device, forget, to, seed
+        self.origin = {"data": info["data"], "accuracy": info["accuracy"], "sha256": digest(*self.paths)}
         self.kept = [k for k in range(len(self.classes)) if k not in forget]
 
     def misfit(self, net):
@@ -271,10 +272,12 @@ class Referee:
         """`measure` of a file that does not change, remembered beside it under the fingerprint of that file and the judges'."""
         memory = Path(path).with_name(Path(path).stem + "_measured.pt")
         fingerprint = digest(path, *self.paths)
-        if memory.exists():
-            content = read_file(memory, "measured")
+        try:
+            content = read_file(memory, "measured") if memory.exists() else {"fingerprint": None}
             if content["fingerprint"] == fingerprint and content["per_label"] >= per_label:
                 return content["stats"], content["confusion2"]
+        except CheckpointError as e:
+            print(f"note: this will be measured again: {e}")
         stats, confusion2 = self.measure(generate, net, [per_label] * net.num_classes, progress=what)
         try:
             save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label, "stats": stats, "confusion2": confusion2,
@@ -289,7 +292,7 @@ class Referee:
 def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where there is one.
     Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
-    out = Path(out)
+    out, began = Path(out), time.perf_counter()
     generator, info = load_checkpoint(out / "generator.pt", device)
     if "settings" not in info:
         raise BadInput(f"{out / 'generator.pt'} is not the generator of a run of sfd_minimal.py")
@@ -297,40 +300,43 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     teacher_path = find_weights(info["data"], "teacher", teacher_file or s["teacher"])
     if teacher_path is None or digest(teacher_path) != info["teacher_sha256"]:
         raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path or 'teachers/'}: name it with --teacher")
-    teacher, _ = load_checkpoint(teacher_path, device)
+    teacher, teacher_info = load_checkpoint(teacher_path, device)
     referee = Referee(info["data"], device, info["forget"], info["to"])
     referee.check(net, per_label)
+    if referee.origin["data"] != Path(info["data"]).name:
+        print(f"note: the judges learned from {referee.origin['data']}, and are right on {referee.origin['accuracy']:.2%} of its held-out images")
     forget, generate = info["forget"], one_step(generator, info["sigma_init"])
 
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
     rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
     rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
-    sid_path = find_weights(info["data"], "sid")
-    if forget and sid_path:
+    for sid_path in weight_files(info["data"], "sid") if forget else []:
         sid, sid_info = load_checkpoint(sid_path, device)
         if sid_info["teacher_sha256"] == info["teacher_sha256"]:
             sid = one_step(sid, sid_info["sigma_init"])
             rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
-            rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000)}
+            rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000), "seconds": sid_info["seconds"]}
+            break
     rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
 
     labels = torch.arange(K).repeat_interleave(20)
     start = time.perf_counter()
     teacher_images = draw(many_step(teacher), labels, net, device, seed=0)
-    rows["teacher"] |= {"nfe": 2 * TEACHER_STEPS - 1, "images_per_second": len(labels) / (time.perf_counter() - start)}
+    rows["teacher"] |= {"nfe": 2 * TEACHER_STEPS - 1, "images_per_second": len(labels) / (time.perf_counter() - start), "seconds": teacher_info.get("seconds")}
     samples_figure({"teacher, 35 evaluations": teacher_images, "generator, 1 evaluation": draw(generate, labels, net, device, seed=0)},
                    referee.classes, forget, out / "samples.png")
     if (out / "log.csv").exists():
         curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
 
-    result = rows["this generator"] | {"seconds": info["seconds"], "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
+    result = rows["this generator"] | {"seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "judge": referee.origin, "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
                                        "forget": forget, "to": info["to"], "settings": s, "trained_on": info["machine"], "machine": machine(device)}
     text = json.dumps(result, indent=1)
     (out / "metrics.json").write_text(text + "\n")
-    print(table({name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}))
+    rows = {name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}
+    print(table(rows), per_class_table(rows, referee.classes), sep="\n\n", end="\n\n")
     print(f"{result['n']} images of this generator judged ({per_label} per label" + (f", {5 * per_label} per forgotten label" if forget else "")
           + f"); FD of held-out real images, its floor: {result['fd_floor']:.2f}")
-    print(f"trained in {info['seconds']:.0f} s; numbers in {out / 'metrics.json'}, pictures beside it")
+    print(f"trained in {info['seconds']:.0f} s, judged in {result['seconds_judging']:.0f} s; numbers in {out / 'metrics.json'}, pictures beside it")
     return result
 
 
@@ -340,6 +346,8 @@ def write_samples(path, wanted, n, seed, out, device):
     net = network.settings
     if not out:
         raise BadInput("--sample needs --out: a .npz or .png file, or a folder")
+    if Path(out).is_dir() and any(Path(out).iterdir()):
+        raise BadInput(f"{out} is not empty: what lies there would be taken for images of this network")
     asked = torch.tensor([label_number(k, net.num_classes) for k in wanted] if wanted else range(net.num_classes))
     labels = asked[torch.arange(n) * len(asked) // n]
     images, out = draw(generate, labels, net, device, seed, progress="drawing"), Path(out)
@@ -368,7 +376,16 @@ def table(rows):
     """Markdown table of metrics, one row per generator."""
     columns = [c for c in COLUMNS if any(c[1] in r for r in rows.values())]
     lines = [["", *[title for title, _, _ in columns]]]
-    lines += [[name, *[form.format(row[key]) if key in row else "" for _, key, form in columns]] for name, row in rows.items()]
+    return aligned(lines + [[name, *[form.format(row[key]) if key in row else "" for _, key, form in columns]] for name, row in rows.items()])
+
+
+def per_class_table(rows, classes):
+    """Markdown table of the share of each label's images that are judged as that label."""
+    return aligned([["judged as its label, %", *classes], *[[name, *[f"{100 * a:.1f}" for a in row["per_class_accuracy"]]] for name, row in rows.items()]])
+
+
+def aligned(lines):
+    """Lines of cells, the head first, as a Markdown table that also reads well in a terminal."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
@@ -407,6 +424,9 @@ def main(argv):
     parser.add_argument("--device", default="auto")
     a = parser.parse_args(argv)
     positive(a, "per_label")
+    given = {name for name, value in vars(a).items() if value != parser.get_default(name)}
+    if useless := given & ({"per_label", "teacher"} if a.audit else {"data_dir"}):
+        raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning {'with' if a.audit else 'without'} --audit")
     if a.audit:
         from audit import audit
         return audit(a.run, pick_device(a.device), a.data_dir)

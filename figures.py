@@ -1,6 +1,7 @@
 """What the numbers look like: sample grids and training curves, the forgotten class in one colour throughout."""
 import csv
 
+import numpy as np
 from PIL import Image
 
 FORGOTTEN = "#d55e00"  # the colour of the forgotten class in every figure; colour-blind safe, like the blue beside it
@@ -53,8 +54,7 @@ def curves_figure(log, teacher, path):
         lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
     if not lines:
         return
-    plt, steps = pyplot(), [r["step"] for r in lines]
-    per_step = lines[-1]["seconds"] / lines[-1]["step"]
+    plt, steps, seconds = pyplot(), [r["step"] for r in lines], [r["seconds"] for r in lines]
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     if "ua" in lines[0]:
         left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
@@ -71,6 +71,9 @@ def curves_figure(log, teacher, path):
     right.margins(y=0.3)  # room for the legend
     right.legend(loc="upper right")
     for ax in (left, right):
-        ax.secondary_xaxis("top", functions=(lambda x: x * per_step, lambda x: x / per_step)).set_xlabel("seconds")
+        ticks = [t for t in ax.get_xticks() if 0 <= t <= steps[-1]]
+        top = ax.secondary_xaxis("top")
+        top.set_xticks(ticks, [f"{t:.0f}" for t in np.interp(ticks, [0, *steps], [0, *seconds])])  # steps of a run are not equally long
+        top.set_xlabel("seconds")
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import (EMA, BadInput, Run, RunFailed, check_run, command, label_number, machine, parse, pick_device, positive, refuse_generator,
+from common import (EMA, BadInput, Run, RunFailed, Same, check_run, command, label_number, machine, parse, pick_device, positive, refuse_generator,
                     refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, find_weights, fold, load_checkpoint, pack, read_file, save_atomically, unpack
 
@@ -184,6 +184,8 @@ def initial_weights(s, teacher):
     if "fake" not in content:
         raise BadInput(f"{s.init_from} holds no fake score: --init-from takes the both.pt of a run, or teachers/{s.data}_sid.pt")
     generator, fake = unpack(content), unpack({**content, "weights": content["fake"]})
+    if Path(content.get("data", "")).name != Path(s.data).name:
+        raise BadInput(f"{s.init_from} is of {content.get('data')}, not of {s.data}")
     if generator.settings != teacher.settings:
         raise BadInput(f"{s.init_from} is of another network than the teacher")
     if content.get("sigma_init", s.sigma_init) != s.sigma_init:
@@ -216,7 +218,7 @@ def distil(s, forget, to, teacher, device, probe):
             model.compile()
 
     run = Run(s.out, s, {"generator": generator, "average": average, "fake": fake, "optimizer_theta": optimizer_theta,
-                         "optimizer_psi": optimizer_psi}, s.resume, s.overwrite, s.save_every)
+                         "optimizer_psi": optimizer_psi, "teacher": Same("the teacher", teacher)}, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
@@ -255,10 +257,13 @@ def main(argv):
     print(f"SFD on {device.type}: forget {forget or 'nothing'}" + (f", drawing {' '.join(s.to)} instead" if forget else "")
           + f"; {s.steps} steps of {s.batch} images; writing to {s.out}")
     probe = lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings) if referee else {}
+    teacher_sha256 = evaluate.digest(teacher_path)
+    if s.init_from and read_file(s.init_from, "denoiser").get("teacher_sha256") != teacher_sha256:
+        print(f"note: {s.init_from} was distilled from another teacher than {teacher_path}, which is the one used from here on")
     run, G, fake = distil(s, forget, to, teacher, device, probe)
 
     extra = {"data": s.data, "classes": info["classes"], "sigma_init": s.sigma_init, "forget": forget, "to": to,
-             "teacher_sha256": evaluate.digest(teacher_path), "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
+             "teacher_sha256": teacher_sha256, "seconds": run.seconds, "settings": dataclasses.asdict(s), "machine": machine(device)}
     save_atomically({"kind": "denoiser", **pack(fold(G, s.sigma_init) if s.fold else G), **extra}, run.out / "generator.pt")
     save_atomically({"kind": "denoiser", **pack(G, half=True), "fake": pack(fake, half=True)["weights"], **extra}, run.out / "both.pt")
     if not referee:

@@ -47,6 +47,7 @@ def write_files(folder):
     edm_unet.save_atomically({**good, "net": good["net"] | {"colour": "blue"}}, folder / "unknown-setting.pt")
     edm_unet.save_atomically({"kind": "denoiser", "data": "mnist"}, folder / "no-net.pt")
     edm_unet.save_atomically({**good, "fake": edm_unet.pack(network(model_channels=32))["weights"]}, folder / "other-fake.pt")
+    edm_unet.save_atomically({**good, "data": "cifar10", "fake": good["weights"]}, folder / "other-data-fake.pt")
     edm_unet.save_atomically({**good, **edm_unet.pack(network(model_channels=32)), "fake": edm_unet.pack(network(model_channels=32))["weights"]}, folder / "other-net.pt")
     (folder / "a-file").write_text("")
     noise = np.random.default_rng(0)
@@ -85,12 +86,12 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("sfd", "--teacher {}/absurd.pt", "model_channels must be"), ("sfd", "--teacher {}/misfit.pt", "do not fit"),
     ("sfd", "--teacher {}/unknown-setting.pt", "do not fit"), ("sfd", "--teacher {}/no-net.pt", "lacks classes, net, weights"), ("sfd", "--teacher {}", "no such file"),
     ("sfd", "--init-from {}/nowhere.pt", "no such file"), ("sfd", "--init-from {}/good.pt", "no fake score"),
-    ("sfd", "--init-from {}/other-net.pt", "another network"), ("sfd", "--init-from {}/other-fake.pt", "do not fit"),
+    ("sfd", "--init-from {}/other-data-fake.pt", "is of cifar10"), ("sfd", "--init-from {}/other-net.pt", "another network"), ("sfd", "--init-from {}/other-fake.pt", "do not fit"),
     ("sfd", "--resume", "no such file"), ("sfd", "--resume --overwrite", "one of them"), ("sfd", "--seed -1", "--seed"), ("sfd", "--forget \u00b2", "out of range"),
     ("sfd", "--device meta", "not there"), ("sfd", "--save-every 0", "above zero"), ("sfd", "--forget none --lambda-forget 2", "no meaning"),
     ("sfd", "--forget 0 1 2 3 4 5 6 7 8 --to 9 --per-label 3", "too few"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"), ("sfd", "--out {}/a-file", "cannot write"),
     ("sfd", "--sample {}/nowhere.pt --out x.png", "no such file"), ("sfd", "--sample {}/good.pt", "needs --out"),
-    ("sfd", "--sample {}/good.pt --label 10 --out x.png", "out of range"), ("sfd", "--sample {}/good.pt --n 0 --out x.png", "above zero"),
+    ("sfd", "--sample {}/good.pt --out {}", "not empty"), ("sfd", "--sample {}/good.pt --label 10 --out x.png", "out of range"), ("sfd", "--sample {}/good.pt --n 0 --out x.png", "above zero"),
     ("sfd", "--sample {}/good.pt --steps 5 --out x.png", "no meaning"), ("sfd", "--label 3", "belong to --sample"),
     ("teacher", "--data {}/nowhere", "no folder of class folders"), ("teacher", "--data {}/no-images", "no folder of class folders"),
     ("teacher", "--data {}/one-class", "one class"), ("teacher", "--data {}/mixed", "mixes image sizes"), ("teacher", "--data {}/broken", "cannot be read as an image"),
@@ -102,6 +103,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("teacher", "--data {}/a-file", "no folder of class folders"), ("teacher", "--data {}/one-each", "at least two"),
     ("teacher", "--data {}/odd", "another --size"), ("teacher", "--data {}/odd --judge", "at least 16x16"),
     ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
+    ("evaluate", "{} --audit --per-label 5", "no meaning with --audit"), ("evaluate", "{} --data-dir x", "no meaning without --audit"),
     ("unet", "convert {}/nowhere.pkl x.pt", "no such file"), ("unet", "convert {}/text.pt x.pt", "not a published EDM"),
 ]
 

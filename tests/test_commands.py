@@ -56,10 +56,11 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_main_command_writes_what_it_promises(finished):
     folder, out = finished
     assert {p.name for p in folder.iterdir()} == {"generator.pt", "both.pt", "checkpoint.pt", "samples.png", "curves.png", "log.csv", "metrics.json"}
-    assert "teacher" in out and "this generator" in out and "kept accuracy" in out
+    assert "teacher" in out and "this generator" in out and "kept accuracy" in out and "judged as its label, %" in out
     m = json.loads((folder / "metrics.json").read_text())
-    for key in ("ua", "override_share", "kept_accuracy", "fd", "fd_floor", "fd_override", "precision", "recall", "nfe", "images_per_second", "n"):
+    for key in ("ua", "override_share", "kept_accuracy", "fd", "fd_floor", "fd_override", "precision", "recall", "nfe", "images_per_second", "seconds", "n"):
         assert key in m and key in m["teacher"], key
+    assert m["seconds_judging"] > 0 and m["judge"]["data"] == "mnist" and m["judge"]["accuracy"] == 0.9963
     assert m["nfe"] == 1 and m["teacher"]["nfe"] == 35 and m["n"] == 9 * 4 + 5 * 4
     assert len(m["per_class_accuracy"]) == 10 and m["settings"]["steps"] == 3 and m["machine"]["torch"] and m["seconds"] > 0
     with open(folder / "log.csv", newline="") as f:
@@ -107,6 +108,15 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     run(*base, "--forget", 4, "--fold", cwd=tmp_path)
     assert (tmp_path / "runs" / "mnist-forget4-torandom" / "metrics.json").exists()
     assert load_checkpoint(tmp_path / "runs" / "mnist-forget4-torandom" / "generator.pt")[0].settings.folded
+
+
+def test_teacher_and_judges_are_trained(mnist_dir, tmp_path):
+    """From data in torchvision's format that teaches nothing: what counts are the files."""
+    base = (*program("train_teacher.py"), "--data", "mnist", "--data-dir", mnist_dir, "--steps", 2, "--batch", 4)
+    run(*base, cwd=tmp_path)
+    run(*base, "--judge", cwd=tmp_path)
+    assert load_checkpoint(tmp_path / "runs" / "mnist-teacher" / "teacher.pt")[1]["made_by"]["steps"] == 2
+    assert evaluate.load_judge(tmp_path / "runs" / "mnist-judge2" / "judge.pt", "cpu")[1]["data"] == "mnist"
 
 
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ def test_reads_the_published_format(tmp_path):
     _, x, sigma, label, D_x = golden()
     with torch.no_grad():
         assert (model(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
-    edm_unet.main(["convert", str(FILE), str(tmp_path / "converted.pt")])
+    subprocess.run([*program("edm_unet.py"), "convert", str(FILE), str(tmp_path / "converted.pt")], check=True)
     again, info = edm_unet.load_checkpoint(tmp_path / "converted.pt")
     again.bf16 = False
     with torch.no_grad():

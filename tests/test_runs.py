@@ -173,13 +173,25 @@ def test_resume_with_other_settings_is_refused(tiny, tmp_path, monkeypatch, caps
     sfd_minimal.main([*base, "--overwrite"])
 
 
+def test_resume_with_another_teacher_in_the_same_place_is_refused(tiny, tmp_path, capsys):
+    out, teacher, base = tmp_path / "run", tmp_path / "teacher.pt", [*QUICK, "--steps", "2"]
+    content = torch.load(tiny, weights_only=True)
+    edm_unet.save_atomically(content, teacher)
+    sfd_minimal.main(["--teacher", str(teacher), "--out", str(out), *base])
+    edm_unet.save_atomically(content | {"weights": {k: v + 1e-3 for k, v in content["weights"].items()}}, teacher)
+    with pytest.raises(common.BadInput, match="the teacher is another one"):
+        sfd_minimal.main(["--teacher", str(teacher), "--out", str(out), *base, "--resume"])
+    sfd_minimal.main(["--teacher", str(teacher), "--out", str(tmp_path / "from"), *base, "--init-from", str(out / "both.pt")])
+    assert "was distilled from another teacher" in capsys.readouterr().out
+
+
 def test_a_run_that_diverges_says_where(tiny, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(common.RunFailed, match=r"L_\w+ is .* at step \d+.*--lr"):
         sfd_minimal.main(["--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "200", "--lr", "1e30", "--lr-fake", "1e30", "--save-every", "0.01"])
     if (out / "checkpoint.pt").exists():
         for name, part in weights(out)[1].items():
-            if "optimizer" not in name:
+            if "optimizer" not in name and name != "teacher":
                 assert all(torch.isfinite(v).all() for v in part.values()), f"{name} was saved although it is not finite"
 
 

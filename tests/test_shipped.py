@@ -8,7 +8,7 @@ from PIL import Image
 
 import evaluate
 from conftest import ROOT
-from edm_unet import load_checkpoint, read_file
+from edm_unet import NetSettings, load_checkpoint, read_file
 
 TEACHERS = ROOT / "teachers"
 CPU = torch.device("cpu")
@@ -95,3 +95,12 @@ def test_committed_results_carry_their_circumstances():
         m = json.loads(f.read_text())
         assert m["machine"]["torch"] and m["settings"]["seed"] is not None and m["n"] and m["seconds"] > 0, f
         assert m["teacher"]["nfe"] == 35, f
+
+
+def test_a_damaged_memory_is_made_again(tmp_path, capsys):
+    referee, network = evaluate.Referee("mnist", torch.device("cpu"), [0], [1]), tmp_path / "network.pt"
+    network.write_bytes(b"known remembers what was drawn, not what this file holds")
+    known = lambda: referee.known(network, lambda z, c: z, NetSettings(), 2, "")[1]
+    first = known()
+    (tmp_path / "network_measured.pt").write_bytes(b"cut short")
+    assert torch.equal(known(), first) and "measured again" in capsys.readouterr().out

@@ -22,7 +22,7 @@ def pretrained():
     return truth, fit(MLP(), truth)
 
 
-def run(truth, start, lambda_forget, steps, train_fake_on_c_f=True):
+def run(truth, start, lambda_forget, steps):
     torch.manual_seed(1)
     generator, fake = copy.deepcopy(start), copy.deepcopy(start)
     average = copy.deepcopy(start)
@@ -35,10 +35,7 @@ def run(truth, start, lambda_forget, steps, train_fake_on_c_f=True):
         for optimizer in (theta, psi):
             optimizer.param_groups[0]["lr"] = 1e-3 * decay(step, steps)
         labels = draw_labels(256, override, kept)
-        if not train_fake_on_c_f:
-            keep = ~labels[2]
-            labels = tuple(part[keep] for part in labels)
-        sfd_step(generator, fake, truth, theta, psi, torch.randn(len(labels[0]), 2), *labels, s, SD)
+        sfd_step(generator, fake, truth, theta, psi, torch.randn(256, 2), *labels, s, SD)
         with torch.no_grad():
             for a, g in zip(average.parameters(), generator.parameters()):
                 a.lerp_(g, 0.005)
@@ -68,9 +65,12 @@ def test_forgotten_label_draws_the_override(pretrained):
 
 
 def test_without_the_term_nothing_is_forgotten(pretrained):
+    """All else as before: the same labels are drawn, the teacher is asked about c_o, the fake score learns c_f. Only L_forget weighs nothing."""
     truth, start = pretrained
-    generator = run(truth, start, lambda_forget=0.0, steps=4000, train_fake_on_c_f=False)
-    assert is_component(generator, C_F, truth, C_O)[0] > 2, "label c_f moved to c_o although nothing asked it to"
+    generator = run(truth, start, lambda_forget=0.0, steps=4000)
+    off = is_component(generator, C_F, truth, C_O)[0]
+    print(f"label c_f: mean off c_o by {off:.1f} standard deviations")
+    assert off > 2, f"label c_f moved to {off:.1f} standard deviations from c_o although nothing asked it to"
 
 
 def test_a_one_step_generator_takes_guidance_further_than_the_sampler(pretrained):
