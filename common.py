@@ -198,6 +198,8 @@ class Run:
                   if now.get(k) != saved["settings"].get(k)]
         if differ:
             raise BadInput(f"cannot resume {self.out} with other settings: {'; '.join(differ)}")
+        if lacking := self.parts.keys() - saved["parts"].keys():
+            raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, lacks {', '.join(sorted(lacking))}")
         for name, part in self.parts.items():
             part.load_state_dict(saved["parts"][name])
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
