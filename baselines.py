@@ -23,7 +23,7 @@ from torch.nn import functional as F
 import evaluate
 import figures
 import sfd_minimal
-from common import EMA, BadInput, Run, RunFailed, Same, check_run, command, label_number, machine, parse, pick_device, positive, seed_everything, setting
+from common import EMA, BadInput, Run, RunFailed, SameTeacher, check_run, command, label_number, machine, parse, pick_device, positive, seed_everything, setting
 from edm_unet import EDMPrecond, find_weights, fold, heun_sampler, load_checkpoint, pack, save_atomically
 from train_teacher import batches, distance, edm_loss, load_images
 
@@ -302,7 +302,7 @@ def unlearn(name, method, bench, out, resume):
         p.requires_grad_(method.only in weight)
     optimizer = torch.optim.Adam([p for p in v.parameters() if p.requires_grad], method.lr, betas=(0.9, 0.99), fused=True)
     ema = EMA(v, average.eval(), method.ema)
-    run = Run(out, training, {"v": v, "average": average, "optimizer": optimizer, "teacher": Same("the teacher", phi)}, resume, not resume, s.save_every)
+    run = Run(out, training, {"v": v, "average": average, "optimizer": optimizer, "teacher": SameTeacher(phi)}, resume, not resume, s.save_every)
     for step in run:
         optimizer.param_groups[0]["lr"] = method.lr * (1 - step / method.steps)
         loss = method.loss(v, w)

@@ -118,11 +118,15 @@ def check_run(s):
         raise BadInput(f"--seed must lie in [0, 2^32), not {s.seed}")
 
 
-def refuse_useless(s, useful, option):
-    """BadInput if a setting was given that has no effect together with `option`."""
-    given = {f.name for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+def changed(s):
+    """Names of the settings that are not at their default."""
+    return {f.name for f in dataclasses.fields(s) if getattr(s, f.name) != f.default}
+
+
+def refuse_useless(given, useful, when):
+    """BadInput if an option was given that has no effect `when`, for instance "with --sample"."""
     if useless := given - useful:
-        raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning with {option}")
+        raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning {when}")
 
 
 def refuse_generator(path, info):
@@ -149,19 +153,19 @@ class EMA:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
 
-class Same:
-    """A part of a run that training leaves alone, like its teacher: a run that goes on must find the same weights."""
+class SameTeacher:
+    """The part of a run that training leaves alone: a run that goes on must find the teacher that it began with."""
 
-    def __init__(self, what, model):
+    def __init__(self, model):
         weights = b"".join(v.cpu().numpy().tobytes() for v in model.state_dict().values())
-        self.what, self.sha256 = what, hashlib.sha256(weights).hexdigest()
+        self.sha256 = hashlib.sha256(weights).hexdigest()
 
     def state_dict(self):
         return {"sha256": self.sha256}
 
     def load_state_dict(self, saved):
         if saved != self.state_dict():
-            raise BadInput(f"cannot resume: {self.what} is another one than that which the run began with")
+            raise BadInput("cannot resume: the teacher is another one than that which the run began with")
 
 
 class Run:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from common import BadInput, Parser, command, label_number, machine, pick_device, positive
+from common import BadInput, Parser, command, label_number, machine, pick_device, positive, refuse_useless
 from edm_unet import CheckpointError, find_weights, heun_sampler, load_checkpoint, read_file, save_atomically, weight_files
 from figures import curves_figure, samples_figure, tile, to_picture
 
@@ -328,7 +328,8 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     if (out / "log.csv").exists():
         curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
 
-    result = rows["this generator"] | {"seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "judge": referee.origin, "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
+    result = rows["this generator"] | {"seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "judge": referee.origin,
+                                       "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
                                        "forget": forget, "to": info["to"], "settings": s, "trained_on": info["machine"], "machine": machine(device)}
     text = json.dumps(result, indent=1)
     (out / "metrics.json").write_text(text + "\n")
@@ -425,8 +426,8 @@ def main(argv):
     a = parser.parse_args(argv)
     positive(a, "per_label")
     given = {name for name, value in vars(a).items() if value != parser.get_default(name)}
-    if useless := given & ({"per_label", "teacher"} if a.audit else {"data_dir"}):
-        raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning {'with' if a.audit else 'without'} --audit")
+    useful = {"run", "device"} | ({"audit", "data_dir"} if a.audit else {"per_label", "teacher"})
+    refuse_useless(given, useful, f"{'with' if a.audit else 'without'} --audit")
     if a.audit:
         from audit import audit
         return audit(a.run, pick_device(a.device), a.data_dir)

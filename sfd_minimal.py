@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from common import (EMA, BadInput, Run, RunFailed, Same, check_run, command, label_number, machine, parse, pick_device, positive, refuse_generator,
-                    refuse_useless, seed_everything, setting)
+from common import (EMA, BadInput, Run, RunFailed, SameTeacher, changed, check_run, command, label_number, machine, parse, pick_device, positive,
+                    refuse_generator, refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, find_weights, fold, load_checkpoint, pack, read_file, save_atomically, unpack
 
 
@@ -130,7 +130,7 @@ class Settings:
 
     def __post_init__(self):
         if self.sample:
-            refuse_useless(self, {"sample", "label", "n", "seed", "out", "device"}, "--sample")
+            refuse_useless(changed(self), {"sample", "label", "n", "seed", "out", "device"}, "with --sample")
         elif self.label is not None or self.n is not None:
             raise BadInput("--label and --n belong to --sample")
         if self.n is not None:
@@ -218,7 +218,7 @@ def distil(s, forget, to, teacher, device, probe):
             model.compile()
 
     run = Run(s.out, s, {"generator": generator, "average": average, "fake": fake, "optimizer_theta": optimizer_theta,
-                         "optimizer_psi": optimizer_psi, "teacher": Same("the teacher", teacher)}, s.resume, s.overwrite, s.save_every)
+                         "optimizer_psi": optimizer_psi, "teacher": SameTeacher(teacher)}, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 from torchvision import datasets
 
-from common import (EMA, BadInput, Run, RunFailed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_generator,
+from common import (EMA, BadInput, Run, RunFailed, changed, check_run, command, comparable, machine, parse, pick_device, positive, refuse_generator,
                     refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, NetSettings, has_fast_bf16, load_checkpoint, pack, save_atomically
 from evaluate import Judge, class_stats, draw, many_step, to_float
@@ -61,7 +61,7 @@ class Settings:
 
     def __post_init__(self):
         if self.judge:
-            refuse_useless(self, {"data", "data_dir", "size", "judge", "steps", "batch", "lr", "seed", "device", "out", "save_every", "resume", "overwrite"}, "--judge")
+            refuse_useless(changed(self), {"data", "data_dir", "size", "judge", "steps", "batch", "lr", "seed", "device", "out", "save_every", "resume", "overwrite"}, "with --judge")
         if self.size is not None and self.data in TEACHERS:
             raise BadInput(f"--size is for folders of images; {self.data} has its own")
         recipe = recipe_of(self.data, JUDGES if self.judge else TEACHERS)
