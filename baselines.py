@@ -24,7 +24,7 @@ import evaluate
 import figures
 import sfd_minimal
 from common import EMA, BadInput, Run, RunFailed, SameTeacher, check_run, command, label_number, machine, parse, pick_device, positive, seed_everything, setting
-from edm_unet import EDMPrecond, find_weights, fold, heun_sampler, load_checkpoint, pack, save_atomically
+from edm_unet import EDMPrecond, fold, heun_sampler, load_checkpoint, pack, save_atomically
 from train_teacher import batches, distance, edm_loss, load_images
 
 
@@ -319,12 +319,13 @@ def unlearn(name, method, bench, out, resume):
 
 def distilled(name, bench, out, resume):
     """(generator, its file's other entries) of a one-step method, in the folder `out`."""
-    s, sid, base = bench.s, find_weights(bench.s.data, "sid"), Path(bench.s.out)
+    s, base = bench.s, Path(bench.s.out)
+    sid, *found = evaluate.un_erased(s.data, evaluate.digest(bench.teacher_path), bench.device) or [None]
     needs = {"sid": sid, "sfd_two_stage": sid, "retrain_sid": base / "retrain" / "generator.pt", "sfd_folded": base / "sfd" / "generator.pt"}.get(name)
     if name != "sfd" and not (needs and needs.exists()):
-        raise BadInput(f"{name} starts from {needs or f'teachers/{s.data}_sid.pt'}, which is not there")
+        raise BadInput(f"{name} starts from {needs or f'a one-step generator of {bench.teacher_path} that forgot nothing'}, which is not there")
     if name == "sid":
-        return load_checkpoint(sid, bench.device)
+        return found
     if name == "sfd_folded":
         generator, info = load_checkpoint(needs, bench.device)
         return fold(generator, info["sigma_init"]), info

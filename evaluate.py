@@ -289,6 +289,15 @@ class Referee:
 
 # ------------------------------------------------------------------------------------------------------------ the whole verdict
 
+def un_erased(data, teacher_sha256, device):
+    """(path, generator, its file's other entries) of the one-step generator there that forgot nothing and is of this teacher, or None."""
+    for path in weight_files(data, "sid"):
+        generator, info = load_checkpoint(path, device)
+        if info["teacher_sha256"] == teacher_sha256:
+            return path, generator, info
+    return None
+
+
 def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where there is one.
     Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
@@ -310,13 +319,11 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
     rows = {"this generator": referee.report(*referee.measure(generate, net, counts, progress="judging the generator"))}
     rows["this generator"] |= {"nfe": 1, "images_per_second": images_per_second(generate, net, device, 1000)}
-    for sid_path in weight_files(info["data"], "sid") if forget else []:
-        sid, sid_info = load_checkpoint(sid_path, device)
-        if sid_info["teacher_sha256"] == info["teacher_sha256"]:
-            sid = one_step(sid, sid_info["sigma_init"])
-            rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
-            rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000), "seconds": sid_info["seconds"]}
-            break
+    if forget and (found := un_erased(info["data"], info["teacher_sha256"], device)):
+        sid_path, sid, sid_info = found
+        sid = one_step(sid, sid_info["sigma_init"])
+        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
+        rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000), "seconds": sid_info["seconds"]}
     rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
 
     labels = torch.arange(K).repeat_interleave(20)

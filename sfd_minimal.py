@@ -114,7 +114,7 @@ class Settings:
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; the labels to keep have weight 1")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
-    ema: float = setting(0.99, "decay of the average of the generator's weights, which is what is judged and kept")
+    ema: float = setting(0.99, "decay of the generator's average, which is judged and kept; (1 + step) / (10 + step) while that is smaller")
     fold: bool = setting(False, "fold label and noise level of generator.pt into a table of one row per label: nothing else can be asked")
     per_label: int = setting(1000, "images judged under each label at the end; five times as many under a forgotten one")
     seed: int = setting(0, "random seed")

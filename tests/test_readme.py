@@ -57,6 +57,16 @@ def test_table_is_made_from_the_results():
     assert table == evaluate.results_table(sorted((ROOT / "results").glob("*-*.json")))
 
 
+def test_full_runs_with_other_settings_are_in_the_results():
+    """Each run kept in results/tried, and each default run that stands beside it, has its row, number for number."""
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in README.split("| full run |")[1].split("\n\n")[0].splitlines()[2:]]
+    tried = sorted((ROOT / "results" / "tried").glob("*.json"))
+    for path in tried + [ROOT / "results" / f"{path.stem.split('_')[0]}.json" for path in tried]:
+        m = json.loads(path.read_text())
+        percent = [f"{100 * m[k]:.2f} %" for k in ("ua", "override_share", "kept_accuracy")]
+        assert [*percent, f"{m['fd'] / m['teacher']['fd']:.2f}", f"{m['recall']:.3f}"] in rows, path.name
+
+
 def test_tables_of_methods_and_audit_are_made_from_the_results():
     between = lambda name: README.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0].strip()
     compared = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())
