@@ -320,12 +320,16 @@ def unlearn(name, method, bench, out, resume):
 def distilled(name, bench, out, resume):
     """(generator, its file's other entries) of a one-step method, in the folder `out`."""
     s, base = bench.s, Path(bench.s.out)
-    sid, *found = evaluate.un_erased(s.data, evaluate.digest(bench.teacher_path), bench.device) or [None]
-    needs = {"sid": sid, "sfd_two_stage": sid, "retrain_sid": base / "retrain" / "generator.pt", "sfd_folded": base / "sfd" / "generator.pt"}.get(name)
-    if name != "sfd" and not (needs and needs.exists()):
-        raise BadInput(f"{name} starts from {needs or f'a one-step generator of {bench.teacher_path} that forgot nothing'}, which is not there")
-    if name == "sid":
-        return found
+    needs = {"retrain_sid": base / "retrain" / "generator.pt", "sfd_folded": base / "sfd" / "generator.pt"}.get(name)
+    if needs and not needs.exists():
+        raise BadInput(f"{name} starts from {needs}, which is not there")
+    if name in ("sid", "sfd_two_stage"):
+        found = evaluate.un_erased(s.data, evaluate.digest(bench.teacher_path), bench.device)
+        if found is None:
+            raise BadInput(f"{name} starts from a one-step generator of {bench.teacher_path} that forgot nothing, which is not there")
+        needs, *sid = found
+        if name == "sid":
+            return sid
     if name == "sfd_folded":
         generator, info = load_checkpoint(needs, bench.device)
         return fold(generator, info["sigma_init"]), info

@@ -149,7 +149,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step):
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (1 + step) / (8 + step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
 
 

@@ -291,7 +291,9 @@ def train_judge(s, device, number):
         judge.train()
         x, c = epoch_batch(images, labels, s.batch, step, recipe["mirror"])
         x = recipe["augment"](x, step / s.steps).contiguous(memory_format=torch.channels_last)
-        loss = F.cross_entropy(judge(x)[0], c, label_smoothing=recipe["smoothing"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+            logits, _ = judge(x)
+        loss = F.cross_entropy(logits.float(), c, label_smoothing=recipe["smoothing"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -71,6 +71,13 @@ def test_one_step_generator_is_of_this_teacher():
     assert confusion.diag().sum().item() / 300 > (recorded.diag().sum() / recorded.sum()).item() - 0.03
 
 
+def test_un_erased_generator_is_that_of_the_teacher_or_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where no runs/ holds another
+    path, _, info = evaluate.un_erased("mnist", evaluate.digest(TEACHERS / "mnist.pt"), CPU)
+    assert path == TEACHERS / "mnist_sid.pt" and info["forget"] == []
+    assert evaluate.un_erased("mnist", evaluate.digest(TEACHERS / "mnist_plain.pt"), CPU) is None
+
+
 def test_forgetful_generator_is_of_this_teacher_and_forgets():
     G, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
     assert info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt") and (info["forget"], info["to"]) == ([0], [1])
