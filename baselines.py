@@ -327,9 +327,9 @@ def distilled(name, bench, out, resume):
         found = evaluate.un_erased(s.data, evaluate.digest(bench.teacher_path), bench.device)
         if found is None:
             raise BadInput(f"{name} starts from a one-step generator of {bench.teacher_path} that forgot nothing, which is not there")
-        needs, *sid = found
-        if name == "sid":
-            return sid
+        needs, generator, info = found
+    if name == "sid":
+        return generator, info
     if name == "sfd_folded":
         generator, info = load_checkpoint(needs, bench.device)
         return fold(generator, info["sigma_init"]), info

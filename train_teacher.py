@@ -286,12 +286,13 @@ def train_judge(s, device, number):
         judge.trunk[0].weight.data.copy_(whitening(to_float(images[torch.randperm(len(images))[:5000]])))
     optimizer = torch.optim.AdamW(judge.parameters(), lr=s.lr, weight_decay=recipe["decay"])
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1)
+    bf16 = has_fast_bf16(device)
     run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite, s.save_every)
     for step in run:
         judge.train()
         x, c = epoch_batch(images, labels, s.batch, step, recipe["mirror"])
         x = recipe["augment"](x, step / s.steps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bf16(device)):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             logits, _ = judge(x)
         loss = F.cross_entropy(logits.float(), c, label_smoothing=recipe["smoothing"])
         optimizer.zero_grad()
