@@ -53,15 +53,21 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
     return S.flatten(1).sum(1) / omega                                                       # (B,)
 
 
-def draw_labels(batch, override, kept):
+def draw_labels(batch, override, kept, share=None):
     """Labels for one step. override (K,) maps each label to the one the teacher is asked about: itself if kept, c_o if forgotten,
-    -1 for a fresh draw among `kept` (n,). Returns one-hot (B, K) c_phi for the teacher and c_psi for generator and fake score, and
-    forgotten (B,), true where the teacher is asked about another label."""
-    c = torch.randint(len(override), (batch,), device=override.device)
+    -1 for a fresh draw among `kept` (n,). All labels are drawn equally often, or the forgotten ones in a `share` of the batch.
+    Returns one-hot (B, K) c_phi for the teacher and c_psi for generator and fake score, and forgotten (B,), true where the teacher
+    is asked about another label."""
+    K, device = len(override), override.device
+    to_forget = override != torch.arange(K, device=device)                                   # (K,)
+    if share is None:
+        c = torch.randint(K, (batch,), device=device)
+    else:
+        c = torch.where(to_forget, share / to_forget.sum(), (1 - share) / len(kept)).multinomial(batch, replacement=True)
     c_o = override[c]
-    c_o = torch.where(c_o >= 0, c_o, kept[torch.randint(len(kept), (batch,), device=kept.device)])
-    one_hot = lambda labels: F.one_hot(labels, len(override)).float()
-    return one_hot(c_o), one_hot(c), override[c] != c
+    c_o = torch.where(c_o >= 0, c_o, kept[torch.randint(len(kept), (batch,), device=device)])
+    one_hot = lambda labels: F.one_hot(labels, K).float()
+    return one_hot(c_o), one_hot(c), to_forget[c]
 
 
 def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data=0.5):
@@ -112,6 +118,7 @@ class Settings:
     lr_fake: float = setting(1.7e-3, "the same for the fake score, which must keep up")
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; the labels to keep have weight 1")
+    forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
     ema: float = setting(0.999, "decay of the generator's average, which is judged and kept; (1 + step) / (8 + step) while that is smaller")
@@ -139,6 +146,8 @@ class Settings:
         positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init", "per_label")
         if not (abs(self.alpha) < float("inf") and 0 <= self.lambda_forget < float("inf") and abs(self.p_mean) < float("inf")):
             raise BadInput("--alpha, --lambda-forget and --p-mean must be finite, and --lambda-forget not negative")
+        if self.forget_share is not None and not 0 < self.forget_share < 1:
+            raise BadInput(f"--forget-share must lie between 0 and 1, not {self.forget_share}")
         if not 0 <= self.ema < 1:
             raise BadInput(f"--ema must lie in [0, 1), not {self.ema}")
 
@@ -146,8 +155,8 @@ class Settings:
 def read_labels(s, K):
     """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
     if s.forget == ("none",):
-        if s.to != ("random",) or s.lambda_forget != 1:
-            raise BadInput("--forget none forgets nothing, so --to and --lambda-forget have no meaning: leave them out")
+        if s.to != ("random",) or s.lambda_forget != 1 or s.forget_share is not None:
+            raise BadInput("--forget none forgets nothing, so --to, --lambda-forget and --forget-share have no meaning: leave them out")
         return [], []
     forget = [label_number(f, K) for f in s.forget]
     to = [-1] if s.to == ("random",) else [label_number(t, K) for t in s.to]
@@ -223,7 +232,7 @@ def distil(s, forget, to, teacher, device, probe):
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
         z = torch.randn(s.batch, net.channels, net.resolution, net.resolution, device=device)
-        labels = draw_labels(s.batch, override, kept)
+        labels = draw_labels(s.batch, override, kept, s.forget_share)
         terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data)
         ema.update(step)
         terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device, not three

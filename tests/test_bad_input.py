@@ -89,6 +89,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("sfd", "--init-from {}/other-data-fake.pt", "is of cifar10"), ("sfd", "--init-from {}/other-net.pt", "another network"), ("sfd", "--init-from {}/other-fake.pt", "do not fit"),
     ("sfd", "--resume", "no such file"), ("sfd", "--resume --overwrite", "one of them"), ("sfd", "--seed -1", "--seed"), ("sfd", "--forget \u00b2", "out of range"),
     ("sfd", "--device meta", "not there"), ("sfd", "--save-every 0", "above zero"), ("sfd", "--forget none --lambda-forget 2", "no meaning"),
+    ("sfd", "--forget none --forget-share 0.3", "no meaning"), ("sfd", "--forget-share 1", "between 0 and 1"), ("sfd", "--forget-share nan", "between 0 and 1"),
     ("sfd", "--forget 0 1 2 3 4 5 6 7 8 --to 9 --per-label 3", "too few"), ("sfd", "--out {}", "holds a run already"), ("sfd", "--out {}/a-file/run", "cannot write"), ("sfd", "--out {}/a-file", "cannot write"),
     ("sfd", "--sample {}/nowhere.pt --out x.png", "no such file"), ("sfd", "--sample {}/good.pt", "needs --out"),
     ("sfd", "--sample {}/good.pt --out {}", "not empty"), ("sfd", "--sample {}/good.pt --label 10 --out x.png", "out of range"), ("sfd", "--sample {}/good.pt --n 0 --out x.png", "above zero"),

@@ -120,6 +120,16 @@ def check_labels(sfd):
     assert all(torch.equal(c, r.c_phi) for c in r.teacher.labels) and len(r.teacher.labels) == 1
 
 
+def check_share(sfd):
+    """With a share, the forgotten labels together are drawn that often, and all kept ones alike; without, every label alike."""
+    torch.manual_seed(6)
+    override, kept, n = torch.tensor([3, 1, -1, 3, 4]), torch.tensor([1, 3, 4]), 30_000
+    for share, expected in ((0.4, [0.2, 0.2, 0.2, 0.2, 0.2]), (0.1, [0.05, 0.3, 0.05, 0.3, 0.3]), (None, [0.2] * 5)):
+        c_phi, c_psi, forgotten = sfd.draw_labels(n, override, kept, share)
+        assert torch.allclose(c_psi.mean(0), torch.tensor(expected), atol=0.015)  # more than six standard deviations
+        assert torch.equal(forgotten, c_psi[:, [0, 2]].any(1)) and not c_phi[:, [0, 2]].any(), "a teacher was asked about a forgotten label"
+
+
 def check_stop_gradients(sfd):
     """The teacher never moves and gets no gradient; psi gets none in the theta step, theta none in the psi step."""
     r = one_step(sfd)
@@ -161,7 +171,7 @@ def check_omega_floor(sfd):
     assert torch.allclose(S, torch.full((2,), -1.2 * 0.25 * 48 / 1e-5, dtype=torch.float64))
 
 
-CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_stop_gradients, check_omega_floor]
+CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_omega_floor]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -184,6 +194,7 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
     "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
+    "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
 }
 
