@@ -117,7 +117,7 @@ class Settings:
     lr: float = setting(5e-4, "Adam's learning rate for the generator, constant for half the run, then decaying to zero")
     lr_fake: float = setting(1.7e-3, "the same for the fake score, which must keep up")
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
-    lambda_forget: float = setting(1.0, "weight of the score-forgetting term; the labels to keep have weight 1")
+    lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")

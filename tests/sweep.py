@@ -19,7 +19,7 @@ from common import parse, pick_device  # noqa: E402
 
 IMAGES = 8320
 ROWS = ["", "--lr 3e-4 --lr-fake 1e-3", "--lr 1e-3 --lr-fake 3e-3", "--lr 1e-3", "--lr-fake 5e-4", "--batch 32", "--ema 0.8", "--p-mean -1.2",
-        "--alpha 1.2", "--lambda-forget 0.3", "--lambda-forget 3", "--sigma-init 5"]
+        "--alpha 1.2", "--lambda-forget 0.3", "--lambda-forget 3", "--forget-share 0.3", "--sigma-init 5"]
 
 
 def main():

@@ -3,6 +3,7 @@ import csv
 
 import pytest
 
+import sfd_minimal
 import sweep
 from conftest import ROOT
 
@@ -28,5 +29,5 @@ def test_committed_table_has_these_rows():
         rows = list(csv.DictReader(f))
     assert [row["options"] for row in rows] == sweep.ROWS
     for row in rows:
-        batch = int(row["options"].split()[1]) if row["options"].startswith("--batch") else 64
+        batch = int(row["options"].split()[1]) if row["options"].startswith("--batch") else sfd_minimal.Settings().batch
         assert int(row["steps"]) == sweep.IMAGES // batch
