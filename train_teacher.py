@@ -6,6 +6,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from figures import samples_figure
 # What differs from one data set to another: the network, the noise it is trained on, and how long. A folder of images starts from "images".
 TEACHERS = {
     "mnist": dict(net=NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1), p_mean=0.2, flip=False, steps=11_000, batch=64, lr=2e-3),
-    "cifar10": dict(net=NetSettings(resolution=32, channels=3, model_channels=96, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(16,), dropout=0.1),
-                    p_mean=-1.2, flip=True, steps=60_000, batch=512, lr=1e-3),
+    "cifar10": dict(net=NetSettings(resolution=32, channels=3, model_channels=64, channel_mult=(1, 3, 3), num_blocks=2, attn_resolutions=(16,), dropout=0.1),
+                    p_mean=-1.2, flip=True, steps=20_000, batch=512, lr=1e-3),
 }
 TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
 TEACHERS["images"] = TEACHERS["cifar10"]
@@ -42,7 +43,7 @@ class Settings:
     judge: bool = setting(False, "train the judges instead of the teacher")
     steps: int = setting(None, "optimizer steps (default, like those of batch, lr and p_mean: the data set's recipe above)")
     batch: int = setting(None, "images per step")
-    lr: float = setting(None, "Adam's learning rate, after warm-up and before the cosine decay to zero")
+    lr: float = setting(None, "learning rate, after warm-up and before the decay to zero")
     warmup: int = setting(200, "steps of linear learning-rate warm-up")
     ema: float = setting(0.999, "decay of the weight average that is shipped")
     p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
@@ -243,13 +244,17 @@ def jitter(x, progress):
     return F.grid_sample(x + 1, F.affine_grid(theta, x.shape, align_corners=False), align_corners=False) - 1  # outside: black
 
 
-def shift_and_sharpen(x, progress):
-    """For photographs: at 5, 6, 7 and then 8 eighths of their size, a quarter of the run each (coarse images are cheap to learn from), shifted by up to 2 pixels."""
-    n, side = len(x), x.shape[2] * (5 + int(4 * progress)) // 8
+def shift_and_hide(x, progress):
+    """For photographs: at 6, 7 and then 8 eighths of their size, a third of the run each (coarse images are cheap to learn from), shifted by up to
+    2 pixels, and a grey square of a quarter of the side laid somewhere over them."""
+    n, side = len(x), x.shape[2] * (6 + int(3 * progress)) // 8
     x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True) if side < x.shape[2] else x
     windows = F.pad(x, (2, 2, 2, 2), mode="reflect").unfold(2, side, 1).unfold(3, side, 1)  # (B, C, 5, 5, side, side), no copy
     down, right = torch.randint(5, (2, n), device=x.device)
-    return windows[torch.arange(n, device=x.device), :, down, right]
+    x = windows[torch.arange(n, device=x.device), :, down, right]
+    i = torch.arange(side, device=x.device)
+    row, column = ((i - centre).abs() <= side // 8 for centre in torch.randint(side, (2, n, 1), device=x.device))
+    return x.masked_fill((row[:, :, None] & column[:, None, :])[:, None], 0.0)
 
 
 def whitening(x, side=2):
@@ -262,9 +267,10 @@ def whitening(x, side=2):
 
 JUDGES = {  # two architectures: the first guides nothing but the reader, the second confirms it
     "mnist": dict(nets=[dict(arch="cnn", width=16), dict(arch="resnet", width=16, stem_stride=2)], augment=jitter, mirror=False, smoothing=0.0,
-                  steps=4000, batch=128, lr=4e-3, decay=0.0),
-    "cifar10": dict(nets=[dict(arch="resnet9", width=64), dict(arch="resnet", width=48, stem_stride=2)], augment=shift_and_sharpen, mirror=True, smoothing=0.1,
-                    steps=3200, batch=256, lr=4e-3, decay=0.1),
+                  steps=4000, batch=128, lr=4e-3, optimizer=torch.optim.Adam, schedule={}),
+    "cifar10": dict(nets=[dict(arch="resnet9", width=64), dict(arch="resnet", width=48, stem_stride=2)], augment=shift_and_hide, mirror=True, smoothing=0.1,
+                    steps=4290, batch=256, lr=0.1, optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1.5e-3),
+                    schedule=dict(pct_start=0.25, anneal_strategy="linear", cycle_momentum=False)),
 }
 JUDGES["fashion_mnist"] = JUDGES["mnist"]
 JUDGES["images"] = JUDGES["cifar10"]
@@ -284,8 +290,8 @@ def train_judge(s, device, number):
     judge = judge.to(device, memory_format=torch.channels_last)
     if net["arch"] == "resnet9":
         judge.trunk[0].weight.data.copy_(whitening(to_float(images[torch.randperm(len(images))[:5000]])))
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=s.lr, weight_decay=recipe["decay"])
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1)
+    optimizer = recipe["optimizer"](judge.parameters(), lr=s.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1, **recipe["schedule"])
     bf16 = has_fast_bf16(device)
     run = Run(s.out, s, {"judge": judge, "optimizer": optimizer, "schedule": schedule}, s.resume, s.overwrite, s.save_every)
     for step in run:
