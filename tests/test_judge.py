@@ -7,7 +7,7 @@ from torch.nn import functional as F
 import train_teacher
 from evaluate import Judge, to_float
 from test_runs import assert_same, stopped_after, weights
-from train_teacher import epoch_batch, jitter, shift_and_sharpen, whitening
+from train_teacher import epoch_batch, jitter, shift_and_hide, whitening
 
 
 def test_an_epoch_has_each_image_once_and_the_next_one_its_mirror_image():
@@ -26,12 +26,17 @@ def test_an_epoch_has_each_image_once_and_the_next_one_its_mirror_image():
     assert torch.equal(x, plain[c]) and torch.equal(epoch_batch(images, labels, 4, 3, flip=False)[1], c)
 
 
-def test_photographs_are_shifted_and_grow_sharper():
-    x = torch.rand(5, 3, 32, 32) * 2 - 1
-    assert [shift_and_sharpen(x, p).shape[2] for p in (0.0, 0.2, 0.3, 0.6, 0.9)] == [20, 20, 24, 28, 32]
-    padded = F.pad(x, (2, 2, 2, 2), mode="reflect")
-    for image, around in zip(shift_and_sharpen(x, 0.99), padded):
-        assert any(torch.equal(image, around[:, i:i + 32, j:j + 32]) for i in range(5) for j in range(5))
+def test_photographs_are_shifted_partly_hidden_and_grow_sharper():
+    x = torch.rand(40, 3, 32, 32) * 2 - 1
+    assert [shift_and_hide(x, p).shape[2] for p in (0.0, 0.3, 0.4, 0.6, 0.7, 0.99)] == [24, 24, 28, 28, 32, 32]
+    padded, hidden = F.pad(x, (2, 2, 2, 2), mode="reflect"), []
+    for image, around in zip(shift_and_hide(x, 0.99), padded):
+        grey = (image == 0).all(0)
+        assert any(torch.equal(image, around[:, i:i + 32, j:j + 32].masked_fill(grey, 0.0)) for i in range(5) for j in range(5))
+        rows, columns = grey.any(1).sum().item(), grey.any(0).sum().item()
+        assert grey.sum() == rows * columns and 5 <= rows <= 9 and 5 <= columns <= 9  # a square, smaller at the border
+        hidden.append(rows * columns)
+    assert max(hidden) == 81
 
 
 def test_drawings_keep_their_size_and_their_background():
