@@ -254,13 +254,13 @@ def figure(results, pictures, path):
 def in_words(name, r):
     """Three sentences on one network."""
     s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search", "other noise levels", "relearning"))
-    steps = {k: f"{back[k]['steps']} steps" if back[k]["steps"] is not None else "more than 60 steps" for k in ("own", "kept", "10", "100")}
+    steps = {k: f"{back[k]['steps']}" if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)" for k in ("own", "kept", "10", "100")}
     return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; a search of the latent finds it in {z['share']:.0%} of "
             f"{z['n']} starts, a search of the label in {v['share']:.0%} of {v['n']} images.\n"
             f"{name}: used as a denoiser at all noise levels, the same weights draw it in {n['share']:.0%} of {n['n']} images, and finish {n['sdedit']['share']:.0%} of "
             f"{n['sdedit']['n']} half-noised real ones as it.\n"
-            f"{name}: it is back after {steps['own']} on its own images, {steps['kept']} on images of the kept classes, {steps['10']} with 10 and {steps['100']} with 100 "
-            "images of it.")
+            f"{name}: steps of training that bring it back: {steps['own']} on its own images, {steps['kept']} on images of the kept classes, {steps['10']} with 10 and "
+            f"{steps['100']} with 100 images of it.")
 
 
 def audit(out, device, data_dir, fast=False):
