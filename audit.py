@@ -131,7 +131,7 @@ def labels(s, images):
 def inversion(s, images):
     """4. Reconstruct held-out images of c_f, of the labels to keep, and foreign ones (kept ones turned by 90 degrees) from a z on the sphere
     and a free label vector. The root-mean-square errors of the three are compared: what was forgotten should be as hard as what is foreign."""
-    n, steps = s.effort(24, 8), s.effort(100, 40)
+    n, steps = min(s.effort(24, 8), len(images["forgotten"]), len(images["kept"])), s.effort(100, 40)
     kept = images["kept"][:n]
     target = torch.cat([images["forgotten"][:n], kept, kept.rot90(1, (2, 3))])
     z = s.noise(len(target)).requires_grad_()
@@ -206,10 +206,10 @@ def real_images(data, data_dir, c_f, device):
 
 def audit_one(folder, device, data_dir, fast=False):
     """{attempt: numbers}, {attempt: image} of one run, remembered in its audit.pt."""
-    fingerprint, memory = evaluate.digest(folder / "generator.pt", __file__), folder / "audit.pt"
+    s, memory = Suspect(folder / "generator.pt", device, fast), folder / "audit.pt"
+    fingerprint = evaluate.digest(folder / "generator.pt", __file__, *s.referee.paths) + " fast" * fast
     if memory.exists() and (content := read_file(memory, "audit"))["fingerprint"] == fingerprint:
         return content["numbers"], content["images"]
-    s = Suspect(folder / "generator.pt", device, fast)
     images, numbers, pictures, start = real_images(s.data, data_dir, s.c_f, device), {}, {}, time.monotonic()
     for name, attempt in tqdm(ATTEMPTS.items(), desc=f"audit of {folder.name}"):
         seed_everything(0)

@@ -23,7 +23,8 @@ from torch.nn import functional as F
 import evaluate
 import figures
 import sfd_minimal
-from common import EMA, BadInput, Run, RunFailed, SameTeacher, check_run, command, label_number, machine, parse, pick_device, positive, seed_everything, setting
+from common import (EMA, BadInput, Run, RunFailed, SameTeacher, changed, check_run, command, label_number, machine, parse, pick_device, positive,
+                    refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, fold, heun_sampler, load_checkpoint, pack, save_atomically
 from train_teacher import batches, distance, edm_loss, load_images
 
@@ -258,6 +259,8 @@ class Settings:
     overwrite: bool = setting(False, "replace what is in the folder")
 
     def __post_init__(self):
+        if self.sweep:
+            refuse_useless(changed(self), {"forget", "to", "method", "sweep", "data", "data_dir", "seed", "device", "out", "results", "save_every"}, "with --sweep")
         check_run(self)
         positive(self, "per_label")
         if unknown := set(self.method) - set(METHODS) - set(ONE_STEP):
@@ -302,7 +305,7 @@ def unlearn(name, method, bench, out, resume):
         p.requires_grad_(method.only in weight)
     optimizer = torch.optim.Adam([p for p in v.parameters() if p.requires_grad], method.lr, betas=(0.9, 0.99), fused=True)
     ema = EMA(v, average.eval(), method.ema)
-    run = Run(out, training, {"v": v, "average": average, "optimizer": optimizer, "teacher": SameTeacher(phi)}, resume, not resume, s.save_every)
+    run = Run(out, training, {"teacher": SameTeacher(phi), "v": v, "average": average, "optimizer": optimizer}, resume, not resume, s.save_every)
     for step in run:
         optimizer.param_groups[0]["lr"] = method.lr * (1 - step / method.steps)
         loss = method.loss(v, w)
@@ -369,10 +372,11 @@ class Bench:
 def run_method(name, bench):
     """Train and judge one method; its folder gets generator.pt and metrics.json. Returns the metrics."""
     s, out = bench.s, Path(bench.s.out) / name
+    of = {"forget": bench.c_f, "to": bench.c_o, "teacher_sha256": evaluate.digest(bench.teacher_path), "seed": s.seed, "per_label": s.per_label}
     if s.resume and (out / "metrics.json").exists():
         row = json.loads((out / "metrics.json").read_text())
-        if (row["seed"], row["per_label"]) != (s.seed, s.per_label):
-            raise BadInput(f"{out} is of --seed {row['seed']} --per-label {row['per_label']}: say so to resume, or choose another --out")
+        if differ := [f"{k} was {row.get(k)} and is {v}" for k, v in of.items() if row.get(k) != v]:
+            raise BadInput(f"cannot resume {out}: {'; '.join(differ)}")
         return row
     resume = s.resume and (out / "checkpoint.pt").exists()
     print(f"{name}: {'going on' if resume else 'starting'} in {out}")
@@ -383,12 +387,12 @@ def run_method(name, bench):
         network, info = distilled(name, bench, out, resume)
         extra = {k: info[k] for k in ("settings", "seconds", "sigma_init")}
     extra |= {"data": s.data, "classes": bench.info["classes"], "forget": [bench.c_f], "to": [bench.c_o],
-              "teacher_sha256": evaluate.digest(bench.teacher_path), "machine": machine(bench.device)}
+              "teacher_sha256": of["teacher_sha256"], "machine": machine(bench.device)}
     save_atomically({"kind": "denoiser", **pack(network, half=True), **extra}, out / "generator.pt")
     generate, _, saved = evaluate.load_generator(out / "generator.pt", bench.device)  # what is judged is what is saved, half precision and all
     row = bench.judge(generate, s.per_label, 5 * s.per_label, name)
     row |= {"nfe": saved["nfe"], "real_data": "none" if name in OWN_IMAGES else METHODS[name.removesuffix("_sid")].data, "seconds": extra["seconds"],
-            "settings": extra["settings"], "seed": s.seed, "per_label": s.per_label}
+            "settings": extra["settings"]} | of
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
 
@@ -434,7 +438,7 @@ def sweep(bench, path):
     for name in (n for n in bench.s.method if n in METHODS and METHODS[n].tried):
         for change in ({}, *METHODS[name].tried):
             method = METHODS[name].changed(change)
-            settings = {"method": name, "settings": method.in_words()}
+            settings = {"forget": str(bench.c_f), "to": str(bench.c_o), "seed": str(bench.s.seed), "method": name, "settings": method.in_words()}
             if any(settings.items() <= row.items() for row in done):
                 continue
             network, _, seconds = unlearn(name, method, bench, Path(bench.s.out) / "sweep" / name, resume=False)

@@ -66,6 +66,10 @@ def command(main):
         sys.exit(_one_line(e, 1))
     except KeyboardInterrupt:
         sys.exit(_one_line("interrupted", 130))
+    except RuntimeError as e:
+        if not ("out of memory" in str(e) or "can't allocate memory" in str(e)):  # as torch says it of cuda and mps, and of the CPU
+            raise
+        sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch", 1))
 
 
 def _one_line(e, code):
@@ -205,7 +209,10 @@ class Run:
         if lacking := self.parts.keys() - saved["parts"].keys():
             raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, lacks {', '.join(sorted(lacking))}")
         for name, part in self.parts.items():
-            part.load_state_dict(saved["parts"][name])
+            try:
+                part.load_state_dict(saved["parts"][name])
+            except RuntimeError as e:
+                raise BadInput(f"cannot resume {self.out}: the {name} in its checkpoint is of another shape") from e
         self.step, self.seconds, self.history = saved["step"], saved["seconds"], saved["history"]
         set_rng_states(saved["rng"])
         self.write_log()
@@ -269,7 +276,7 @@ def rng_states():
 def set_rng_states(states):
     torch.set_rng_state(states["cpu"])
     if states["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+        torch.cuda.set_rng_state_all(states["cuda"][:torch.cuda.device_count()])
     if states["mps"] is not None and torch.backends.mps.is_available():
         torch.mps.set_rng_state(states["mps"])
 

@@ -226,8 +226,8 @@ def distil(s, forget, to, teacher, device, probe):
         for model in (teacher, generator, fake):
             model.compile()
 
-    run = Run(s.out, s, {"generator": generator, "average": average, "fake": fake, "optimizer_theta": optimizer_theta,
-                         "optimizer_psi": optimizer_psi, "teacher": SameTeacher(teacher)}, s.resume, s.overwrite, s.save_every)
+    run = Run(s.out, s, {"teacher": SameTeacher(teacher), "generator": generator, "average": average, "fake": fake,
+                         "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi}, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)

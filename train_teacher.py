@@ -79,6 +79,8 @@ class Settings:
             raise BadInput(f"--guidance-below must be above zero, not {self.guidance_below}, and has no meaning without --guidance")
         if not 0 <= self.label_drop < 1 or not 0 <= self.ema < 1:
             raise BadInput("--label-drop and --ema must lie in [0, 1)")
+        if self.guidance != 1 and self.label_drop == 0:
+            raise BadInput("--guidance asks the network about the null label, which it learns with --label-drop above zero")
 
 
 def load_images(data, data_dir, size, train):
@@ -120,7 +122,7 @@ def load_folder(root, size, train):
             raise BadInput(f"{root} mixes image sizes ({images[0].size} and, in {path}, {image.size}): say --size")
         images.append(image)
         labels.append(label)
-    if not images:
+    if len(set(labels)) < len(folder.classes):
         raise BadInput(f"{root}: at least two images of each class are needed, one of them to hold out")
     if images[0].width != images[0].height:
         raise BadInput(f"{root}: images of {images[0].size} are not square: say --size")

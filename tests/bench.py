@@ -53,16 +53,21 @@ def official_step(generator, fake, teacher, optimizer_theta, optimizer_psi, batc
     fake.requires_grad_(True)
 
 
+def synchronize(device):
+    """Wait until the device has done what it was given: what the clock says before is how fast it was given."""
+    getattr(torch, device.type).synchronize()
+
+
 def rate(step, seconds, device):
     """Calls per second, the median of a handful of equal stretches."""
     step()
+    synchronize(device)
     rates = []
     for _ in range(5):
         start, calls = time.perf_counter(), 0
         while time.perf_counter() - start < seconds / 5 or not calls:
             step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             calls += 1
         rates.append(calls / (time.perf_counter() - start))
     return sorted(rates)[2]
@@ -74,9 +79,9 @@ def flops(step):
     return counter.get_total_flops()
 
 
-def matrix_rate(device, dtype, n=4096):
-    """FLOP/s of one large matrix product."""
-    n = n if device.type == "cuda" else n // 2
+def matrix_rate(device, dtype):
+    """FLOP/s of one large matrix product, large enough for a GPU to forget the wait for its end."""
+    n = 2048 if device.type == "cpu" else 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2 * n ** 3 * rate(lambda: a @ b, 2, device)
 
@@ -100,9 +105,11 @@ def published_step(device, s, batch=2):
     override = torch.arange(10, device=device)
     override[0] = 1
     before = [p.detach().clone() for p in generator.parameters()]
+    synchronize(device)
     start = time.perf_counter()
     terms = sfd_step(generator, fake, teacher, *optimizers, torch.randn(batch, 3, 32, 32, device=device),
                      *draw_labels(batch, override, torch.arange(1, 10, device=device)), s)
+    synchronize(device)
     seconds = time.perf_counter() - start
     assert all(torch.isfinite(v) for v in terms.values()) and any((p != q).any() for p, q in zip(generator.parameters(), before))
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -148,8 +155,10 @@ def main():
     print(f"batch {a.batch}; matrix product in {'bfloat16' if fast else 'float32'}: {peak / 1e9:.0f} GFLOP/s")
 
     def measure(name, networks, step, images, kept="", first=None):
-        per_image = flops(step) / images
-        for network in networks if a.compile else ():  # after the count, which does not see into compiled code
+        with torch.compiler.set_stance("force_eager"):  # the count does not see into compiled code
+            per_image = flops(step) / images
+        torch.compiler.reset()  # or the networks of all rows together exceed what torch is willing to compile of one function
+        for network in networks if a.compile else ():
             network.compile()
         speed = rate(step, a.seconds, device) * images
         print(f"{name}: {speed:.1f} {kept}images/s, {per_image / 1e6:.1f} MFLOP per {kept}image, {speed * per_image / peak:.0%} of the matrix rate"

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import audit
+import evaluate
 from conftest import ROOT, program
 from edm_unet import load_checkpoint, pack, save_atomically
 
@@ -47,6 +48,28 @@ def test_overwritten_label_is_a_network_of_35_evaluations(audited):
     assert r["evaluations"] == 35 and r["other seeds"]["share"] < 0.2
 
 
+def test_few_images_of_the_class_are_not_mixed_with_others(audited, mnist_dir):
+    s = audit.Suspect(audited[0] / "guilty" / "generator.pt", CPU, fast=True)
+    images = audit.real_images("mnist", mnist_dir, 0, CPU)
+    numbers, _ = audit.inversion(s, images | {"forgotten": images["forgotten"][:1]})
+    assert numbers["n"] == 1 and numbers["harder_than_kept"] in (0, 1)
+
+
+def test_an_audit_is_remembered_for_these_judges_alone(audited, mnist_dir, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(audit, "ATTEMPTS", {"once": lambda s, images: (asked.append(1) or {}, None)})
+    (tmp_path / "generator.pt").write_bytes((audited[0] / "guilty" / "generator.pt").read_bytes())
+    for _ in range(2):
+        audit.audit_one(tmp_path, CPU, mnist_dir)
+    assert len(asked) == 1
+    find = evaluate.find_weights
+    monkeypatch.setattr(evaluate, "find_weights", lambda data, what: find(data, {"judge": "judge", "judge2": "judge"}[what]))
+    audit.audit_one(tmp_path, CPU, mnist_dir)
+    assert len(asked) == 2
+    audit.audit_one(tmp_path, CPU, mnist_dir, fast=True)
+    assert len(asked) == 3, "a quick look is no audit"
+
+
 def test_report_is_complete(audited):
     folder, results = audited
     saved = json.loads((folder / "audit.json").read_text())
@@ -60,7 +83,7 @@ def test_report_is_complete(audited):
 
 def test_finished_audits_are_remembered(audited, mnist_dir, monkeypatch):
     folder, results = audited
-    monkeypatch.setattr(audit, "Suspect", lambda *a: pytest.fail("a finished audit ran again"))
+    monkeypatch.setattr(audit, "real_images", lambda *a: pytest.fail("a finished audit ran again"))
     assert audit.audit(folder, CPU, mnist_dir, fast=True) == results
 
 

@@ -49,6 +49,7 @@ def write_files(folder):
     edm_unet.save_atomically({**good, "fake": edm_unet.pack(network(model_channels=32))["weights"]}, folder / "other-fake.pt")
     edm_unet.save_atomically({**good, "data": "cifar10", "fake": good["weights"]}, folder / "other-data-fake.pt")
     edm_unet.save_atomically({**good, **edm_unet.pack(network(model_channels=32)), "fake": edm_unet.pack(network(model_channels=32))["weights"]}, folder / "other-net.pt")
+    edm_unet.save_atomically({**good, "settings": {"method": "esd"}, "teacher_sha256": ""}, folder / "method" / "generator.pt")
     (folder / "a-file").write_text("")
     noise = np.random.default_rng(0)
     for name, sizes in {"one-class": [("a", 8)], "mixed": [("a", 8), ("b", 9)], "broken": [("a", 8), ("b", 8)], "oblong": [("a", 8), ("b", 8)]}.items():
@@ -60,7 +61,7 @@ def write_files(folder):
     (folder / "broken" / "b" / "3.png").write_bytes(b"not an image")
     (folder / "no-images").mkdir()
     for label in "ab":
-        for name, size, count in (("one-each", 8, 1), ("odd", 9, 3)):
+        for name, size, count in (("one-each", 8, 1), ("lonely", 8, 1 + 11 * (label == "a")), ("odd", 9, 3)):
             (folder / name / label).mkdir(parents=True)
             for j in range(count):
                 Image.new("RGB", (size, size)).save(folder / name / label / f"{j}.png")
@@ -100,10 +101,10 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("teacher", "--ema 1.5", "[0, 1)"), ("teacher", "--p-std 0", "above zero"), ("teacher", "--data x --size 0", "above zero"), ("teacher", "--size 32", "for folders"), ("teacher", "--judge --ema 0.5", "no meaning"),
     ("teacher", "--p-mean nan", "finite"), ("teacher", "--guidance 0.5", "at least 1"), ("teacher", "--guidance inf", "at least 1"),
     ("teacher", "--guidance-below 4", "no meaning without --guidance"), ("teacher", "--guidance 1.3 --guidance-below 0", "above zero"), ("teacher", "--guidance 1.3 --guidance-below nan", "above zero"),
-    ("teacher", "--judge --init-from x.pt", "no meaning"),
-    ("teacher", "--data {}/a-file", "no folder of class folders"), ("teacher", "--data {}/one-each", "at least two"),
+    ("teacher", "--judge --init-from x.pt", "no meaning"), ("teacher", "--guidance 1.3 --label-drop 0", "null label"),
+    ("teacher", "--data {}/a-file", "no folder of class folders"), ("teacher", "--data {}/one-each", "at least two"), ("teacher", "--data {}/lonely", "at least two"),
     ("teacher", "--data {}/odd", "another --size"), ("teacher", "--data {}/odd --judge", "at least 16x16"),
-    ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
+    ("evaluate", "{}", "not the generator of a run"), ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "{}/method", "not the generator of a run"), ("evaluate", "", "required"), ("evaluate", "{} --per-label 0", "above zero"),
     ("evaluate", "{} --audit --per-label 5", "no meaning with --audit"), ("evaluate", "{} --data-dir x", "no meaning without --audit"),
     ("unet", "convert {}/nowhere.pkl x.pt", "no such file"), ("unet", "convert {}/text.pt x.pt", "not a published EDM"),
 ]
@@ -133,3 +134,12 @@ def test_bad_input(program, arguments, word, files, tmp_path, monkeypatch, capsy
 def test_the_real_command_exits_with_2(tmp_path):
     done = subprocess.run([sys.executable, ROOT / "sfd_minimal.py", "--forget", "0", "--to", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_out_of_memory_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.command(lambda argv: torch.empty(1 << 60))
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "try a smaller --batch" in err
+    with pytest.raises(RuntimeError, match="must match"):  # another error of torch's is no lack of memory
+        common.command(lambda argv: torch.ones(2) + torch.ones(3))

@@ -124,8 +124,9 @@ def test_bench_resumes_what_is_finished(bench, monkeypatch):
         baselines.main(argv)
     monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a finished method ran again"))
     baselines.main([*argv, "--resume"])
-    with pytest.raises(common.BadInput, match="--per-label 4"):
-        baselines.main([*argv, "--resume", "--per-label", "5"])
+    for option, value, says in (("--per-label", "5", "per_label was 4 and is 5"), ("--to", "2", "to was 1 and is 2")):
+        with pytest.raises(common.BadInput, match=says):
+            baselines.main([*argv, "--resume", option, value])
 
 
 def test_masked_weights_stay(bench):
@@ -144,12 +145,15 @@ def test_sweep_adds_only_what_is_missing(tmp_path, mnist_dir, monkeypatch):
     with open(tmp_path / "b_sweep.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [r["settings"] for r in rows] == ["steps=2 lr=0.01 only=map_label.weight", "steps=2 lr=0.0003"] and rows[0]["ua"] == "0.25"
-    monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a row that was there was made again"))
+    monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a row was made"))
     baselines.main(argv)
+    for other in ("--forget", "3"), ("--to", "2"), ("--seed", "1"):
+        with pytest.raises(pytest.fail.Exception, match="a row was made"):
+            baselines.main([*argv, *other])
 
 
 @pytest.mark.parametrize("words, says", [(["--method", "magic"], "not known"), (["--to", "0"], "itself to be forgotten"), (["--forget", "11"], "out of range"),
-                                         (["--lr", "1"], "unrecognized"), (["--method", "sfd_folded", "--out", "nowhere"], "not there")])
+                                         (["--lr", "1"], "unrecognized"), (["--sweep"], "no meaning with --sweep"), (["--method", "sfd_folded", "--out", "nowhere"], "not there")])
 def test_bad_input_is_refused(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["baselines.py", "--per-label", "2", *words])

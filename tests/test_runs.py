@@ -184,6 +184,11 @@ def test_resume_with_another_teacher_in_the_same_place_is_refused(tiny, tmp_path
     sfd_minimal.main(["--teacher", str(teacher), "--out", str(tmp_path / "from"), *base, "--init-from", str(out / "both.pt")])
     assert "was distilled from another teacher" in capsys.readouterr().out
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
+    edm_unet.save_atomically(content, teacher)
+    del saved["parts"]["generator"]["model.map_label.weight"]
+    edm_unet.save_atomically(saved, out / "checkpoint.pt")
+    with pytest.raises(common.BadInput, match="the generator in its checkpoint is of another shape"):
+        sfd_minimal.main(["--teacher", str(teacher), "--out", str(out), *base, "--resume"])
     del saved["parts"]["teacher"]
     edm_unet.save_atomically(saved, out / "checkpoint.pt")
     with pytest.raises(common.BadInput, match="earlier version of this code, lacks teacher"):
