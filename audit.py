@@ -254,7 +254,7 @@ def figure(results, pictures, path):
 def in_words(name, r):
     """Three sentences on one network."""
     s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search", "other noise levels", "relearning"))
-    steps = {k: f"{back[k]['steps']}" if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)" for k in ("own", "kept", "10", "100")}
+    steps = {k: back[k]["steps"] if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)" for k in ("own", "kept", "10", "100")}
     return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; a search of the latent finds it in {z['share']:.0%} of "
             f"{z['n']} starts, a search of the label in {v['share']:.0%} of {v['n']} images.\n"
             f"{name}: used as a denoiser at all noise levels, the same weights draw it in {n['share']:.0%} of {n['n']} images, and finish {n['sdedit']['share']:.0%} of "

@@ -24,7 +24,7 @@ import evaluate
 import figures
 import sfd_minimal
 from common import (EMA, BadInput, Run, RunFailed, SameTeacher, changed, check_run, command, label_number, machine, parse, pick_device, positive,
-                    refuse_useless, seed_everything, setting)
+                    refuse_changed, refuse_useless, seed_everything, setting)
 from edm_unet import EDMPrecond, fold, heun_sampler, load_checkpoint, pack, save_atomically
 from train_teacher import batches, distance, edm_loss, load_images
 
@@ -327,7 +327,7 @@ def distilled(name, bench, out, resume):
     if needs and not needs.exists():
         raise BadInput(f"{name} starts from {needs}, which is not there")
     if name in ("sid", "sfd_two_stage"):
-        found = evaluate.un_erased(s.data, evaluate.digest(bench.teacher_path), bench.device)
+        found = evaluate.un_erased(s.data, bench.teacher_sha256, bench.device)
         if found is None:
             raise BadInput(f"{name} starts from a one-step generator of {bench.teacher_path} that forgot nothing, which is not there")
         needs, generator, info = found
@@ -351,6 +351,7 @@ class Bench:
     def __init__(self, s):
         self.s, self.device = s, pick_device(s.device)
         self.teacher, self.info, self.teacher_path = sfd_minimal.load_teacher(sfd_minimal.Settings(data=s.data), self.device)
+        self.teacher_sha256 = evaluate.digest(self.teacher_path)
         self.net, K = self.teacher.settings, self.teacher.settings.num_classes
         self.c_f, self.c_o = label_number(s.forget, K), label_number(s.to, K)
         if self.c_f == self.c_o:
@@ -372,11 +373,10 @@ class Bench:
 def run_method(name, bench):
     """Train and judge one method; its folder gets generator.pt and metrics.json. Returns the metrics."""
     s, out = bench.s, Path(bench.s.out) / name
-    of = {"forget": bench.c_f, "to": bench.c_o, "teacher_sha256": evaluate.digest(bench.teacher_path), "seed": s.seed, "per_label": s.per_label}
+    of = {"forget": bench.c_f, "to": bench.c_o, "teacher_sha256": bench.teacher_sha256, "seed": s.seed, "per_label": s.per_label}
     if s.resume and (out / "metrics.json").exists():
         row = json.loads((out / "metrics.json").read_text())
-        if differ := [f"{k} was {row.get(k)} and is {v}" for k, v in of.items() if row.get(k) != v]:
-            raise BadInput(f"cannot resume {out}: {'; '.join(differ)}")
+        refuse_changed(out, {k: row.get(k) for k in of}, of)
         return row
     resume = s.resume and (out / "checkpoint.pt").exists()
     print(f"{name}: {'going on' if resume else 'starting'} in {out}")
@@ -387,7 +387,7 @@ def run_method(name, bench):
         network, info = distilled(name, bench, out, resume)
         extra = {k: info[k] for k in ("settings", "seconds", "sigma_init")}
     extra |= {"data": s.data, "classes": bench.info["classes"], "forget": [bench.c_f], "to": [bench.c_o],
-              "teacher_sha256": of["teacher_sha256"], "machine": machine(bench.device)}
+              "teacher_sha256": bench.teacher_sha256, "machine": machine(bench.device)}
     save_atomically({"kind": "denoiser", **pack(network, half=True), **extra}, out / "generator.pt")
     generate, _, saved = evaluate.load_generator(out / "generator.pt", bench.device)  # what is judged is what is saved, half precision and all
     row = bench.judge(generate, s.per_label, 5 * s.per_label, name)

@@ -133,6 +133,12 @@ def refuse_useless(given, useful, when):
         raise BadInput(f"--{min(useless).replace('_', '-')} has no meaning {when}")
 
 
+def refuse_changed(out, was, now):
+    """BadInput where the run in the folder `out` was begun with the settings `was` and would go on with others, `now`."""
+    if differ := [f"{k} was {was.get(k)!r} and is {now.get(k)!r}" for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]:
+        raise BadInput(f"cannot resume {out} with other settings: {'; '.join(differ)}")
+
+
 def refuse_generator(path, info):
     """BadInput where the entries of a checkpoint, `info`, are those of a one-step generator: the file at `path` is no teacher."""
     if "sigma_init" in info:
@@ -201,11 +207,7 @@ class Run:
         if not self.path.exists():
             raise BadInput(f"nothing was saved at {self.path}, no such file: start again without --resume")
         saved = read_file(self.path, "run")
-        now = comparable(self.settings)
-        differ = [f"{k} was {saved['settings'].get(k)!r} and is {now.get(k)!r}" for k in sorted(set(now) | set(saved["settings"]))
-                  if now.get(k) != saved["settings"].get(k)]
-        if differ:
-            raise BadInput(f"cannot resume {self.out} with other settings: {'; '.join(differ)}")
+        refuse_changed(self.out, saved["settings"], comparable(self.settings))
         if lacking := self.parts.keys() - saved["parts"].keys():
             raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, lacks {', '.join(sorted(lacking))}")
         for name, part in self.parts.items():
