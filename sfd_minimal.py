@@ -13,6 +13,7 @@ is asked about another label. Three networks of one architecture, all started fr
 A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score is (D - x_t) / sigma^2. The method, from
 `fake_score_loss` to `sfd_step`, needs torch, three such denoisers and two optimizers, nothing else: copy it from here.
 """
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -70,11 +71,11 @@ def draw_labels(batch, override, kept, share=None):
     return one_hot(c_o), one_hot(c), to_forget[c]
 
 
-def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data=0.5):
+def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data=0.5, anchor=None):
     """One step of SFD. One batch of the generator's images serves both updates, and kept and forgotten labels share each forward.
 
-    z (B, ...) normal noise; c_phi, c_psi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget.
-    Returns the terms of both losses, detached.
+    z (B, ...) normal noise; c_phi, c_psi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget, and lambda_anchor
+    where there is an `anchor`, a frozen generator that draws the labels to keep well. Returns the terms of both losses, detached.
     """
     B, per_sample, theta = len(z), (-1,) + (1,) * (z.ndim - 1), list(generator.parameters())
 
@@ -96,6 +97,10 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi,
     L_keep = (S * ~forgotten).sum() / B      # S(G(z, c);   c_phi = c,   c_psi = c)      SiD on the labels to keep
     L_forget = (S * forgotten).sum() / B     # S(G(z, c_f); c_phi = c_o, c_psi = c_f)    the score-forgetting term
     L_theta = L_keep + s.lambda_forget * L_forget
+    if anchor is not None:  # not in the papers: under the labels to keep, hold on to what the anchor draws from the same z
+        with torch.no_grad():
+            x_0 = anchor(s.sigma_init * z, s.sigma_init, c_psi)                              # (B, ...)
+        L_theta = L_theta + s.lambda_anchor * (((x_g - x_0) ** 2).flatten(1).sum(1) * ~forgotten).sum() / B
     gradient = torch.autograd.grad(L_theta, theta)  # with respect to theta alone: phi and psi get none
     for p, g in zip(theta, gradient):
         p.grad = g
@@ -118,6 +123,7 @@ class Settings:
     lr_fake: float = setting(1.7e-3, "the same for the fake score, which must keep up")
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
+    lambda_anchor: float = setting(0.0, "with --init-from: weight of the distance to the images that the start draws under the labels to keep")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -144,8 +150,12 @@ class Settings:
             positive(self, "n")
         check_run(self)
         positive(self, "steps", "batch", "lr", "lr_fake", "sigma_init", "per_label")
-        if not (abs(self.alpha) < float("inf") and 0 <= self.lambda_forget < float("inf") and abs(self.p_mean) < float("inf")):
-            raise BadInput("--alpha, --lambda-forget and --p-mean must be finite, and --lambda-forget not negative")
+        if not (abs(self.alpha) < float("inf") and abs(self.p_mean) < float("inf")):
+            raise BadInput("--alpha and --p-mean must be finite")
+        if not (0 <= self.lambda_forget < float("inf") and 0 <= self.lambda_anchor < float("inf")):
+            raise BadInput("--lambda-forget and --lambda-anchor must be finite and not negative")
+        if self.lambda_anchor and not self.init_from:
+            raise BadInput("--lambda-anchor holds on to the images of the generator that --init-from names, which is not given")
         if self.forget_share is not None and not 0 < self.forget_share < 1:
             raise BadInput(f"--forget-share must lie between 0 and 1, not {self.forget_share}")
         if not 0 <= self.ema < 1:
@@ -219,21 +229,23 @@ def distil(s, forget, to, teacher, device, probe):
     optimizer_theta = torch.optim.Adam(generator.parameters(), s.lr, betas=(0.0, 0.999), fused=True)
     optimizer_psi = torch.optim.Adam(fake.parameters(), s.lr_fake, betas=(0.0, 0.999), fused=True)
     ema = EMA(generator, average, s.ema)
+    anchor = copy.deepcopy(generator).requires_grad_(False) if s.lambda_anchor else None
     override = torch.arange(K, device=device)
     override[forget] = torch.tensor(to, dtype=torch.long, device=device)
     kept = torch.tensor([k for k in range(K) if k not in forget], device=device)
     if s.compile:
-        for model in (teacher, generator, fake):
+        for model in filter(None, (teacher, generator, fake, anchor)):
             model.compile()
 
-    run = Run(s.out, s, {"teacher": SameTeacher(teacher), "generator": generator, "average": average, "fake": fake,
-                         "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi}, s.resume, s.overwrite, s.save_every)
+    parts = {"teacher": SameTeacher(teacher), "generator": generator, "average": average, "fake": fake,
+             "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi, **({"anchor": anchor} if anchor else {})}
+    run = Run(s.out, s, parts, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
         z = torch.randn(s.batch, net.channels, net.resolution, net.resolution, device=device)
         labels = draw_labels(s.batch, override, kept, s.forget_share)
-        terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data)
+        terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data, anchor)
         ema.update(step)
         terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device, not three
         for name, value in terms.items():

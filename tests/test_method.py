@@ -11,7 +11,7 @@ from closed_form import ring
 
 SOURCE = Path(sfd_minimal.__file__).read_text()
 TRUTH = ring()
-SETTINGS = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.2, lambda_forget=0.7)
+SETTINGS = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.2, lambda_forget=0.7, lambda_anchor=0.3)
 
 
 class Linear(torch.nn.Module):
@@ -95,7 +95,7 @@ def check_fake_loss(sfd):
         assert loss(worse) > best, f"{name} denoiser beats the true one"
 
 
-def one_step(sfd, lambda_forget=0.7):
+def one_step(sfd, lambda_forget=0.7, anchor=None):
     """One sfd_step on tiny networks; everything that a check may want to look at."""
     torch.manual_seed(5)
     generator, fake, teacher = Linear(1), Linear(2), Linear(3)
@@ -105,7 +105,7 @@ def one_step(sfd, lambda_forget=0.7):
     c_phi, c_psi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]))
     z = torch.randn(32, 2, dtype=torch.float64)
     settings = types.SimpleNamespace(**{**vars(SETTINGS), "lambda_forget": lambda_forget})
-    terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_phi, c_psi, forgotten, settings)
+    terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_phi, c_psi, forgotten, settings, anchor=anchor)
     return types.SimpleNamespace(**locals())
 
 
@@ -164,6 +164,19 @@ def check_stop_gradients(sfd):
     assert torch.allclose(r.terms["L_keep"] + 0.7 * r.terms["L_forget"], L), "L_theta is not the sum of its two terms"
 
 
+def check_anchor(sfd):
+    """What an anchor adds: lambda_anchor ||x_g - x_0||^2 under the labels to keep, to theta's gradient alone; it gets none itself."""
+    anchor = Linear(4)
+    r, plain = one_step(sfd, anchor=anchor), one_step(sfd)
+    generator = Linear(1)
+    x_g, x_0 = (D(2.5 * r.z, 2.5, r.c_psi) for D in (generator, Linear(4)))
+    L = 0.3 * ((x_g - x_0.detach())[~r.forgotten] ** 2).sum() / 32
+    for p, q, g in zip(r.generator.parameters(), plain.generator.parameters(), torch.autograd.grad(L, list(generator.parameters()))):
+        assert torch.allclose(p.grad - q.grad, g, rtol=1e-9), "the anchor's part of theta's gradient"
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(r.fake.parameters(), plain.fake.parameters())), "an anchor changed the psi step"
+    assert all(p.grad is None for p in anchor.parameters()), "gradient reached the anchor"
+
+
 def check_omega_floor(sfd):
     """Where the teacher returns x_g itself, omega is its floor, 1e-5."""
     x_g = torch.ones(2, 3, 4, 4, dtype=torch.float64)
@@ -171,7 +184,7 @@ def check_omega_floor(sfd):
     assert torch.allclose(S, torch.full((2,), -1.2 * 0.25 * 48 / 1e-5, dtype=torch.float64))
 
 
-CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_omega_floor]
+CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor, check_omega_floor]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -193,6 +206,9 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "gradient left in psi and phi": ("gradient = torch.autograd.grad(L_theta, theta)", "L_theta.backward(); gradient = [p.grad for p in theta]"),
     "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
     "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
+    "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / B", ".sum(1) * forgotten).sum() / B"),
+    "anchor without its weight": ("L_theta + s.lambda_anchor *", "L_theta +"),
+    "anchor at another noise level": ("x_0 = anchor(s.sigma_init * z,", "x_0 = anchor(z,"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
