@@ -195,6 +195,20 @@ def test_resume_with_another_teacher_in_the_same_place_is_refused(tiny, tmp_path
         sfd_minimal.main(["--teacher", str(teacher), "--out", str(out), *base, "--resume"])
 
 
+def test_a_second_stage_resumes_with_the_anchor_that_it_began_with(tiny, tmp_path):
+    start = tmp_path / "first" / "both.pt"
+    base = ["--teacher", str(tiny), *QUICK, "--steps", "4"]
+    sfd_minimal.main([*base, "--forget", "none", "--out", str(start.parent)])
+    base += ["--forget", "0", "--to", "1", "--init-from", str(start), "--forget-share", "0.5", "--lambda-anchor", "3"]
+    sfd_minimal.main([*base, "--out", str(tmp_path / "whole")])
+    with stopped_after(2):
+        sfd_minimal.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
+    content = torch.load(start, weights_only=True)
+    edm_unet.save_atomically(content | {"weights": {k: v + 1e-3 for k, v in content["weights"].items()}}, start)
+    sfd_minimal.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
+    assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
+
+
 def test_a_run_that_diverges_says_where(tiny, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(common.RunFailed, match=r"L_\w+ is .* at step \d+.*--lr"):
