@@ -233,8 +233,9 @@ ONE_STEP = {  # this project's own, by the options of sfd_minimal.py that differ
     "sid": "the generator that comes with the project, which has forgotten nothing",
     "retrain_sid": ["--teacher", "RETRAIN", "--forget", "none", "--steps", "300"],  # the control in one step: distilled from `retrain`
     "sfd": ["--forget", "C_F", "--to", "C_O"],
-    "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "150", "--forget-share", "0.5",
-                      "--lambda-forget", "3", "--lambda-anchor", "3"],
+    "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "180", "--forget-share", "0.5"],
+    "sfd_anchored": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "150", "--forget-share", "0.5", "--lambda-forget", "3",
+                     "--lambda-anchor", "3"],
     "sfd_folded": "the generator of `sfd` with its noise level folded away (edm_unet.fold)",
 }
 OWN_IMAGES = set(ONE_STEP) - {"retrain_sid"}  # these need no real image; retrain_sid, through its teacher, needs those of `retrain`
@@ -327,7 +328,7 @@ def distilled(name, bench, out, resume):
     needs = {"retrain_sid": base / "retrain" / "generator.pt", "sfd_folded": base / "sfd" / "generator.pt"}.get(name)
     if needs and not needs.exists():
         raise BadInput(f"{name} starts from {needs}, which is not there")
-    if name in ("sid", "sfd_two_stage"):
+    if name in ("sid", "sfd_two_stage", "sfd_anchored"):
         found = evaluate.un_erased(s.data, bench.teacher_sha256, bench.device)
         if found is None:
             raise BadInput(f"{name} starts from a one-step generator of {bench.teacher_path} that forgot nothing, which is not there")
