@@ -69,7 +69,7 @@ def command(main):
     except RuntimeError as e:
         if not ("out of memory" in str(e) or "can't allocate memory" in str(e)):  # as torch says it of cuda and mps, and of the CPU
             raise
-        sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch", 1))
+        sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch, where the command has one", 1))
 
 
 def _one_line(e, code):
