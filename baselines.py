@@ -328,7 +328,7 @@ def distilled(name, bench, out, resume):
     needs = {"retrain_sid": base / "retrain" / "generator.pt", "sfd_folded": base / "sfd" / "generator.pt"}.get(name)
     if needs and not needs.exists():
         raise BadInput(f"{name} starts from {needs}, which is not there")
-    if name in ("sid", "sfd_two_stage", "sfd_anchored"):
+    if name == "sid" or "SID" in ONE_STEP[name]:
         found = evaluate.un_erased(s.data, bench.teacher_sha256, bench.device)
         if found is None:
             raise BadInput(f"{name} starts from a one-step generator of {bench.teacher_path} that forgot nothing, which is not there")

@@ -123,7 +123,7 @@ class Settings:
     lr_fake: float = setting(1.7e-3, "the same for the fake score, which must keep up")
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
-    lambda_anchor: float = setting(0.0, "with --init-from: weight of the distance to the images that the start draws under the labels to keep")
+    lambda_anchor: float = setting(0.0, "with --init-from: weight of the squared distance to the images that the start draws under the labels to keep")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -238,7 +238,9 @@ def distil(s, forget, to, teacher, device, probe):
             model.compile()
 
     parts = {"teacher": SameTeacher(teacher), "generator": generator, "average": average, "fake": fake,
-             "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi, **({"anchor": anchor} if anchor else {})}
+             "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi}
+    if anchor:
+        parts["anchor"] = anchor
     run = Run(s.out, s, parts, s.resume, s.overwrite, s.save_every)
     for step in run:
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
