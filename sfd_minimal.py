@@ -71,6 +71,18 @@ def draw_labels(batch, override, kept, share=None):
     return one_hot(c_o), one_hot(c), to_forget[c]
 
 
+def guided(teacher, forgotten, guidance):
+    """The teacher, surer of the override than it is: under the labels to forget, D_phi(x_t; 0) + g (D_phi(x_t; c_o) - D_phi(x_t; 0)).
+
+    Classifier-free guidance of the rows where `forgotten` (B,) is true, 0 the null label: not in the paper, and less varied the larger g.
+    """
+    def D(x_t, sigma, c_phi):
+        both = [torch.cat(v) for v in ((x_t, x_t[forgotten]), (sigma, sigma[forgotten]), (c_phi, 0 * c_phi[forgotten]))]
+        D_phi, D_0 = teacher(*both).tensor_split([len(x_t)])                                 # (B, ...), (n, ...)
+        return D_phi.index_put((forgotten,), D_0 + guidance * (D_phi[forgotten] - D_0))      # (B, ...)
+    return D
+
+
 def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data=0.5, anchor=None):
     """One step of SFD. One batch of the generator's images serves both updates, and kept and forgotten labels share each forward.
 
@@ -124,6 +136,7 @@ class Settings:
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
     lambda_anchor: float = setting(0.0, "with --init-from: weight of the squared distance to the images that the start draws under the labels to keep")
+    guidance: float = setting(1.0, "classifier-free guidance of the teacher where it is asked about the override; 1 is none")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -156,6 +169,8 @@ class Settings:
             raise BadInput("--lambda-forget and --lambda-anchor must be finite and not negative")
         if self.lambda_anchor and not self.init_from:
             raise BadInput("--lambda-anchor holds on to the images of the generator that --init-from names, which is not given")
+        if not 1 <= self.guidance < float("inf"):
+            raise BadInput(f"--guidance must be at least 1 and finite, not {self.guidance}")
         if self.forget_share is not None and not 0 < self.forget_share < 1:
             raise BadInput(f"--forget-share must lie between 0 and 1, not {self.forget_share}")
         if not 0 <= self.ema < 1:
@@ -165,8 +180,7 @@ class Settings:
 def read_labels(s, K):
     """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
     if s.forget == ("none",):
-        if s.to != ("random",) or s.lambda_forget != 1 or s.forget_share is not None:
-            raise BadInput("--forget none forgets nothing, so --to, --lambda-forget and --forget-share have no meaning: leave them out")
+        refuse_useless(changed(s) & {"to", "lambda_forget", "guidance", "forget_share"}, set(), "with --forget none, which forgets nothing")
         return [], []
     forget = [label_number(f, K) for f in s.forget]
     to = [-1] if s.to == ("random",) else [label_number(t, K) for t in s.to]
@@ -246,8 +260,9 @@ def distil(s, forget, to, teacher, device, probe):
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
         z = torch.randn(s.batch, net.channels, net.resolution, net.resolution, device=device)
-        labels = draw_labels(s.batch, override, kept, s.forget_share)
-        terms = sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, *labels, s, net.sigma_data, anchor)
+        c_phi, c_psi, forgotten = draw_labels(s.batch, override, kept, s.forget_share)
+        D_phi = guided(teacher, forgotten, s.guidance) if s.guidance != 1 else teacher
+        terms = sfd_step(generator, fake, D_phi, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
         ema.update(step)
         terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device, not three
         for name, value in terms.items():
@@ -267,6 +282,8 @@ def main(argv):
         import evaluate
         return evaluate.write_samples(s.sample, s.label, s.n or 100, s.seed, s.out, device)
     teacher, info, teacher_path = load_teacher(s, device)
+    if s.guidance != 1 and info.get("made_by", {}).get("label_drop") == 0:
+        raise BadInput("--guidance asks the teacher about the null label, which it has never learned")
     forget, to = read_labels(s, teacher.settings.num_classes)
     s.out = s.out or f"runs/{Path(s.data).name}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
 

@@ -102,7 +102,8 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     base = (*program("sfd_minimal.py"), "--steps", 2, "--batch", 8, "--per-label", 2, "--teacher", tiny)
     run(*base, "--forget", "none", cwd=tmp_path)
     assert (tmp_path / "runs" / "mnist-sid" / "metrics.json").exists()
-    run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", "--forget-share", 0.5, "--lambda-anchor", 3, cwd=tmp_path)
+    run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", "--forget-share", 0.5, "--lambda-anchor", 3,
+        "--guidance", 1.3, cwd=tmp_path)
     m = json.loads((tmp_path / "runs" / "mnist-forget0-1-to2-3" / "metrics.json").read_text())
     assert m["forget"] == [0, 1] and m["to"] == [2, 3] and m["settings"]["forget_share"] == 0.5
     run(*base, "--forget", 4, "--fold", cwd=tmp_path)

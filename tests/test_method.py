@@ -177,6 +177,19 @@ def check_anchor(sfd):
     assert all(p.grad is None for p in anchor.parameters()), "gradient reached the anchor"
 
 
+def check_guided(sfd):
+    """D_phi(0) + g (D_phi(c_o) - D_phi(0)) in the rows to forget, the teacher's own answer in the others, and its gradient; no row to forget is fine."""
+    x_t, sigma, c_phi = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 1), torch.eye(5)[[3, 1, 3, 0, 2, 4]]
+    for forgotten in (torch.tensor([True, False, True, False, False, True]), torch.zeros(6, dtype=torch.bool)):
+        D_phi, D_0 = (Linear(3)(x_t, sigma, c) for c in (c_phi, torch.zeros(6, 5)))
+        expected = torch.where(forgotten[:, None], 1.7 * D_phi - 0.7 * D_0, D_phi)
+        D = sfd.guided(Linear(3), forgotten, 1.7)(x_t, sigma, c_phi)
+        assert torch.allclose(D, expected, rtol=1e-9)
+        weight = torch.randn_like(D)
+        for a, b in zip(*(torch.autograd.grad((v * weight).sum(), x_t) for v in (D, expected))):
+            assert torch.allclose(a, b, rtol=1e-9), "the gradient of the guided teacher"
+
+
 def check_omega_floor(sfd):
     """Where the teacher returns x_g itself, omega is its floor, 1e-5."""
     x_g = torch.ones(2, 3, 4, 4, dtype=torch.float64)
@@ -184,7 +197,7 @@ def check_omega_floor(sfd):
     assert torch.allclose(S, torch.full((2,), -1.2 * 0.25 * 48 / 1e-5, dtype=torch.float64))
 
 
-CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor, check_omega_floor]
+CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor, check_guided, check_omega_floor]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -209,6 +222,10 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / B", ".sum(1) * forgotten).sum() / B"),
     "anchor without its weight": ("L_theta + s.lambda_anchor *", "L_theta +"),
     "anchor at another noise level": ("x_0 = anchor(s.sigma_init * z,", "x_0 = anchor(z,"),
+    "guidance of the kept labels": ("index_put((forgotten,), D_0 + guidance * (D_phi[forgotten]", "index_put((~forgotten,), D_0 + guidance * (D_phi[~forgotten]"),
+    "guidance away from the label": ("D_0 + guidance * (D_phi[forgotten] - D_0)", "D_phi[forgotten] + guidance * (D_0 - D_phi[forgotten])"),
+    "guidance counted twice": ("D_0 + guidance *", "D_phi[forgotten] + guidance *"),
+    "null label not null": ("0 * c_phi[forgotten]", "c_phi[forgotten]"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
