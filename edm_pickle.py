@@ -71,8 +71,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_published(path):
-    """(EDMPrecond, what else a checkpoint of this project says) of a published edm-*.pkl (DDPM++, label-conditional). CheckpointError,
-    naming the reason, for anything else."""
+    """The EDMPrecond in a published edm-*.pkl (DDPM++, label-conditional). CheckpointError, naming the reason, for anything else."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
@@ -93,8 +92,7 @@ def load_published(path):
 
         collect(unet, "model.")
         weights.pop("model.map_augment.weight", None)  # its input, the augmentation labels, is zero
-        return unpack({"net": settings, "weights": weights}), {"classes": [str(k) for k in range(net["label_dim"])],
-                                                               "made_by": {"label_drop": unet["label_dropout"]}}
+        return unpack({"net": settings, "weights": weights})
     except CheckpointError as e:
         raise CheckpointError(f"{path}: {e}") from e
     except Exception as e:  # a hostile pickle can raise anything; whatever it is, the file is refused

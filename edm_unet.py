@@ -291,8 +291,8 @@ def load_checkpoint(path, device="cpu"):
     other entries. bfloat16 is on where the device computes it fast. CheckpointError, in one line, for a file that is neither."""
     if Path(path).suffix == ".pkl":
         from edm_pickle import load_published
-        model, content = load_published(path)
-        content["data"] = "cifar10"
+        model = load_published(path)
+        content = {"data": "cifar10", "classes": [str(k) for k in range(model.settings.num_classes)]}
     else:
         content = read_file(path, "denoiser")
         if lacking := {"net", "weights", "data", "classes"} - content.keys():
@@ -343,8 +343,9 @@ def main(argv):
     parser.add_argument("out", help="the checkpoint to write")
     parser.add_argument("--data", default="cifar10", help="data set it was trained on")
     a = parser.parse_args(argv)
-    model, content = load_published(a.file)
-    save_atomically({"kind": "denoiser", "data": a.data, **content, **pack(model)}, a.out)
+    model = load_published(a.file)
+    classes = [str(k) for k in range(model.settings.num_classes)]
+    save_atomically({"kind": "denoiser", "data": a.data, "classes": classes, **pack(model)}, a.out)
     print(f"{a.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.settings}")
 
 

@@ -71,15 +71,16 @@ def draw_labels(batch, override, kept, share=None):
     return one_hot(c_o), one_hot(c), to_forget[c]
 
 
-def guided(teacher, forgotten, guidance):
-    """The teacher, surer of the override than it is: under the labels to forget, D_phi(x_t; 0) + g (D_phi(x_t; c_o) - D_phi(x_t; 0)).
+def guided(teacher, c_psi, forgotten, guidance):
+    """The teacher, further from c_f than it is: in the rows to forget, D_phi(x_t; c_f) + g (D_phi(x_t; c_o) - D_phi(x_t; c_f)).
 
-    Classifier-free guidance of the rows where `forgotten` (B,) is true, 0 the null label: not in the paper, and less varied the larger g.
+    Classifier-free guidance with the forgotten label for the null label, where `forgotten` (B,) is true. Not in the paper, which has g = 1;
+    the larger g, the surer and the less varied what is drawn under c_f.
     """
     def D(x_t, sigma, c_phi):
-        both = [torch.cat(v) for v in ((x_t, x_t[forgotten]), (sigma, sigma[forgotten]), (c_phi, 0 * c_phi[forgotten]))]
-        D_phi, D_0 = teacher(*both).tensor_split([len(x_t)])                                 # (B, ...), (n, ...)
-        return D_phi.index_put((forgotten,), D_0 + guidance * (D_phi[forgotten] - D_0))      # (B, ...)
+        both = [torch.cat(v) for v in ((x_t, x_t[forgotten]), (sigma, sigma[forgotten]), (c_phi, c_psi[forgotten]))]
+        D_phi, D_f = teacher(*both).tensor_split([len(x_t)])                                 # (B, ...), (n, ...)
+        return D_phi.index_put((forgotten,), D_f + guidance * (D_phi[forgotten] - D_f))      # (B, ...)
     return D
 
 
@@ -136,7 +137,7 @@ class Settings:
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
     lambda_anchor: float = setting(0.0, "with --init-from: weight of the squared distance to the images that the start draws under the labels to keep")
-    guidance: float = setting(1.0, "classifier-free guidance of the teacher where it is asked about the override; 1 is none")
+    guidance: float = setting(1.0, "how far the teacher goes from the forgotten label to the override, and beyond it above 1")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -261,7 +262,7 @@ def distil(s, forget, to, teacher, device, probe):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
         z = torch.randn(s.batch, net.channels, net.resolution, net.resolution, device=device)
         c_phi, c_psi, forgotten = draw_labels(s.batch, override, kept, s.forget_share)
-        D_phi = guided(teacher, forgotten, s.guidance) if s.guidance != 1 else teacher
+        D_phi = guided(teacher, c_psi, forgotten, s.guidance) if s.guidance != 1 else teacher
         terms = sfd_step(generator, fake, D_phi, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
         ema.update(step)
         terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device, not three
@@ -282,8 +283,6 @@ def main(argv):
         import evaluate
         return evaluate.write_samples(s.sample, s.label, s.n or 100, s.seed, s.out, device)
     teacher, info, teacher_path = load_teacher(s, device)
-    if s.guidance != 1 and info.get("made_by", {}).get("label_drop") == 0:
-        raise BadInput("--guidance asks the teacher about the null label, which it has never learned")
     forget, to = read_labels(s, teacher.settings.num_classes)
     s.out = s.out or f"runs/{Path(s.data).name}-" + ("sid" if not forget else f"forget{'-'.join(map(str, forget))}-to{'-'.join(s.to)}")
 

@@ -178,12 +178,13 @@ def check_anchor(sfd):
 
 
 def check_guided(sfd):
-    """D_phi(0) + g (D_phi(c_o) - D_phi(0)) in the rows to forget, the teacher's own answer in the others, and its gradient; no row to forget is fine."""
-    x_t, sigma, c_phi = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 1), torch.eye(5)[[3, 1, 3, 0, 2, 4]]
+    """D_phi(c_f) + g (D_phi(c_o) - D_phi(c_f)) in the rows to forget, the teacher's own answer in the others, and its gradient; no row to forget is fine."""
+    x_t, sigma = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 1)
+    c_phi, c_psi = torch.eye(5)[[3, 1, 3, 0, 2, 4]], torch.eye(5)[[1, 1, 2, 0, 2, 1]]
     for forgotten in (torch.tensor([True, False, True, False, False, True]), torch.zeros(6, dtype=torch.bool)):
-        D_phi, D_0 = (Linear(3)(x_t, sigma, c) for c in (c_phi, torch.zeros(6, 5)))
-        expected = torch.where(forgotten[:, None], 1.7 * D_phi - 0.7 * D_0, D_phi)
-        D = sfd.guided(Linear(3), forgotten, 1.7)(x_t, sigma, c_phi)
+        D_phi, D_f = (Linear(3)(x_t, sigma, c) for c in (c_phi, c_psi))
+        expected = torch.where(forgotten[:, None], 1.7 * D_phi - 0.7 * D_f, D_phi)
+        D = sfd.guided(Linear(3), c_psi, forgotten, 1.7)(x_t, sigma, c_phi)
         assert torch.allclose(D, expected, rtol=1e-9)
         weight = torch.randn_like(D)
         for a, b in zip(*(torch.autograd.grad((v * weight).sum(), x_t) for v in (D, expected))):
@@ -222,10 +223,10 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / B", ".sum(1) * forgotten).sum() / B"),
     "anchor without its weight": ("L_theta + s.lambda_anchor *", "L_theta +"),
     "anchor at another noise level": ("x_0 = anchor(s.sigma_init * z,", "x_0 = anchor(z,"),
-    "guidance of the kept labels": ("index_put((forgotten,), D_0 + guidance * (D_phi[forgotten]", "index_put((~forgotten,), D_0 + guidance * (D_phi[~forgotten]"),
-    "guidance away from the label": ("D_0 + guidance * (D_phi[forgotten] - D_0)", "D_phi[forgotten] + guidance * (D_0 - D_phi[forgotten])"),
-    "guidance counted twice": ("D_0 + guidance *", "D_phi[forgotten] + guidance *"),
-    "null label not null": ("0 * c_phi[forgotten]", "c_phi[forgotten]"),
+    "guidance of the kept labels": ("index_put((forgotten,), D_f + guidance * (D_phi[forgotten]", "index_put((~forgotten,), D_f + guidance * (D_phi[~forgotten]"),
+    "guidance towards the forgotten label": ("D_f + guidance * (D_phi[forgotten] - D_f)", "D_phi[forgotten] + guidance * (D_f - D_phi[forgotten])"),
+    "guidance counted twice": ("D_f + guidance *", "D_phi[forgotten] + guidance *"),
+    "guidance from the override itself": ("(c_phi, c_psi[forgotten])", "(c_phi, c_phi[forgotten])"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),

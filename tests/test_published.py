@@ -20,7 +20,7 @@ FILE = Path(__file__).parent / "fixtures" / "edm_ddpmpp_official_format.pkl"
 
 
 def test_reads_the_published_format(tmp_path):
-    model = edm_pickle.load_published(FILE)[0].eval()
+    model = edm_pickle.load_published(FILE).eval()
     _, x, sigma, label, D_x = golden()
     with torch.no_grad():
         assert (model(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
