@@ -137,7 +137,7 @@ class Settings:
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
     lambda_anchor: float = setting(0.0, "with --init-from: weight of the squared distance to the images that the start draws under the labels to keep")
-    guidance: float = setting(1.0, "how far the teacher goes from the forgotten label to the override, and beyond it above 1")
+    guidance: float = setting(1.0, "step of the teacher from the forgotten label to the override: 1 is SFD, more goes beyond, surer and less varied")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
