@@ -415,9 +415,9 @@ def results_table(files):
     for m in runs:
         s = m["settings"]
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        name += f", lambda_forget {s['lambda_forget']:g}" if s["lambda_forget"] != 1 else ""
-        name += f", lambda_anchor {s['lambda_anchor']:g}" if s.get("lambda_anchor") else ""  # results of before it was a setting lack it
-        name += f", guidance {s['guidance']:g}" if s.get("guidance", 1) != 1 else ""
+        for key, default in (("lambda_forget", 1), ("lambda_anchor", 0), ("guidance", 1)):
+            if s.get(key, default) != default:  # older results lack the newer settings
+                name += f", {key} {s[key]:g}"
         name += f", teacher {Path(s['teacher']).stem}" if s["teacher"] else ""
         add(name, m, m["teacher"], f"{m['seconds']:.0f}")
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
