@@ -415,9 +415,9 @@ def results_table(files):
     for m in runs:
         s = m["settings"]
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        for key, default in (("lambda_forget", 1), ("lambda_anchor", 0), ("guidance", 1)):
-            if s.get(key, default) != default:  # older results lack the newer settings
-                name += f", {key} {s[key]:g}"
+        for key, default, before in (("lr", 5e-4, None), ("lambda_forget", 1, None), ("lambda_anchor", 1, 0), ("guidance", 1.2, 1)):
+            if (value := s.get(key, before)) != default:  # results from before a setting was there lack it
+                name += f", {key} {value:g}"
         name += f", teacher {Path(s['teacher']).stem}" if s["teacher"] else ""
         add(name, m, m["teacher"], f"{m['seconds']:.0f}")
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]

@@ -12,6 +12,7 @@ is asked about another label. Three networks of one architecture, all started fr
 
 A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score is (D - x_t) / sigma^2. The method, from
 `fake_score_loss` to `sfd_step`, needs torch, three such denoisers and two optimizers, nothing else: copy it from here.
+Two things in it are not in the paper: `guided`, and the anchor at the end of `sfd_step`. `--guidance 1 --lambda-anchor 0` leaves them out.
 """
 import copy
 import dataclasses
@@ -88,7 +89,7 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi,
     """One step of SFD. One batch of the generator's images serves both updates, and kept and forgotten labels share each forward.
 
     z (B, ...) normal noise; c_phi, c_psi, forgotten from `draw_labels`; s has sigma_init, p_mean, alpha, lambda_forget, and lambda_anchor
-    where there is an `anchor`, a frozen generator that draws the labels to keep well. Returns the terms of both losses, detached.
+    where there is an `anchor`, a generator that draws the labels to keep well and gets no gradient. Returns the terms of both losses, detached.
     """
     B, per_sample, theta = len(z), (-1,) + (1,) * (z.ndim - 1), list(generator.parameters())
 
@@ -136,8 +137,8 @@ class Settings:
     lr_fake: float = setting(1.7e-3, "the same for the fake score, which must keep up")
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; that of the labels to keep is 1")
-    lambda_anchor: float = setting(0.0, "with --init-from: weight of the squared distance to the images that the start draws under the labels to keep")
-    guidance: float = setting(1.0, "step of the teacher from the forgotten label to the override: 1 is SFD, more goes beyond, surer and less varied")
+    lambda_anchor: float = setting(1.0, "weight of the squared distance, under the labels to keep, to what the generator's average draws, or with --init-from the start; 0 in the paper")
+    guidance: float = setting(1.2, "step of the teacher from the forgotten label to the override: 1 in the paper, more goes beyond, surer and less varied")
     forget_share: float = setting(None, "share of the batch under labels to forget (default: every label equally often)")
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network")
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -168,8 +169,6 @@ class Settings:
             raise BadInput("--alpha and --p-mean must be finite")
         if not (0 <= self.lambda_forget < float("inf") and 0 <= self.lambda_anchor < float("inf")):
             raise BadInput("--lambda-forget and --lambda-anchor must be finite and not negative")
-        if self.lambda_anchor and not self.init_from:
-            raise BadInput("--lambda-anchor holds on to the images of the generator that --init-from names, which is not given")
         if not 1 <= self.guidance < float("inf"):
             raise BadInput(f"--guidance must be at least 1 and finite, not {self.guidance}")
         if self.forget_share is not None and not 0 < self.forget_share < 1:
@@ -181,7 +180,7 @@ class Settings:
 def read_labels(s, K):
     """(forget, to): lists of label numbers, to[i] overriding forget[i], -1 for random. BadInput for what makes no sense."""
     if s.forget == ("none",):
-        refuse_useless(changed(s) & {"to", "lambda_forget", "guidance", "forget_share"}, set(), "with --forget none, which forgets nothing")
+        refuse_useless(changed(s) & {"to", "lambda_forget", "lambda_anchor", "guidance", "forget_share"}, set(), "with --forget none, which forgets nothing")
         return [], []
     forget = [label_number(f, K) for f in s.forget]
     to = [-1] if s.to == ("random",) else [label_number(t, K) for t in s.to]
@@ -244,7 +243,9 @@ def distil(s, forget, to, teacher, device, probe):
     optimizer_theta = torch.optim.Adam(generator.parameters(), s.lr, betas=(0.0, 0.999), fused=True)
     optimizer_psi = torch.optim.Adam(fake.parameters(), s.lr_fake, betas=(0.0, 0.999), fused=True)
     ema = EMA(generator, average, s.ema)
-    anchor = copy.deepcopy(generator).requires_grad_(False) if s.lambda_anchor else None
+    anchor = None
+    if forget and s.lambda_anchor:  # --init-from draws the labels to keep well in one step, the teacher does not: then the average soon will
+        anchor = copy.deepcopy(generator).requires_grad_(False) if s.init_from else average
     override = torch.arange(K, device=device)
     override[forget] = torch.tensor(to, dtype=torch.long, device=device)
     kept = torch.tensor([k for k in range(K) if k not in forget], device=device)
@@ -254,7 +255,7 @@ def distil(s, forget, to, teacher, device, probe):
 
     parts = {"teacher": SameTeacher(teacher), "generator": generator, "average": average, "fake": fake,
              "optimizer_theta": optimizer_theta, "optimizer_psi": optimizer_psi}
-    if anchor:
+    if s.init_from and anchor:
         parts["anchor"] = anchor
     run = Run(s.out, s, parts, s.resume, s.overwrite, s.save_every)
     for step in run:

@@ -209,6 +209,27 @@ def test_a_second_stage_resumes_with_the_anchor_that_it_began_with(tiny, tmp_pat
     assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
 
 
+def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch):
+    """And there is none where its weight is zero, or where nothing is forgotten. Only the start's is frozen, and kept for resuming."""
+    seen, step = [], sfd_minimal.sfd_step
+    monkeypatch.setattr(sfd_minimal, "sfd_step", lambda *args: seen.append(args[-1]) or step(*args))
+    teacher, out = edm_unet.load_checkpoint(tiny)[0].requires_grad_(False), str(tmp_path / "run")
+    sfd_minimal.main(["--teacher", str(tiny), *QUICK, "--steps", "2", "--forget", "none", "--out", out])
+    assert seen == [None, None]
+
+    def anchor_of(**changed):
+        s = sfd_minimal.Settings(forget=("0",), to=("1",), steps=2, batch=4, out=str(tmp_path / "again"), overwrite=True, **changed)
+        _, average, _ = sfd_minimal.distil(s, [0], [1], teacher, torch.device("cpu"), lambda G: {})
+        return seen[-1], average, "anchor" in weights(tmp_path / "again")[1]
+
+    anchor, average, kept = anchor_of()
+    assert anchor is average and not kept
+    anchor, average, kept = anchor_of(init_from=f"{out}/both.pt")
+    assert kept and all(torch.equal(v, w) for v, w in zip(anchor.state_dict().values(), edm_unet.load_checkpoint(f"{out}/both.pt")[0].state_dict().values()))
+    assert any(not torch.equal(v, w) for v, w in zip(anchor.parameters(), average.parameters()))
+    assert anchor_of(lambda_anchor=0.0)[0] is None
+
+
 def test_a_run_that_diverges_says_where(tiny, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(common.RunFailed, match=r"L_\w+ is .* at step \d+.*--lr"):
