@@ -229,13 +229,15 @@ METHODS = {
     "label_swap": Method(label_swap, before=record_paths, **LABEL_ONLY, tried=(ALL, ALL | dict(lr=1e-4), ALL | dict(lr=1e-3))),
     "embedding_copy": Method(None, before=copy_label, steps=0),
 }
+PAPER = ["--guidance", "1", "--lambda-anchor", "0"]  # SFD without what sfd_minimal.py adds to it
 ONE_STEP = {  # this project's own, by the options of sfd_minimal.py that differ from its defaults
     "sid": "the generator that comes with the project, which has forgotten nothing",
     "retrain_sid": ["--teacher", "RETRAIN", "--forget", "none", "--steps", "300"],  # the control in one step: distilled from `retrain`
-    "sfd": ["--forget", "C_F", "--to", "C_O"],
-    "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "180", "--forget-share", "0.5"],
-    "sfd_anchored": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "150", "--forget-share", "0.5", "--lambda-forget", "3",
-                     "--lambda-anchor", "3"],
+    "sfd": ["--forget", "C_F", "--to", "C_O", *PAPER],
+    "sfd_guided": ["--forget", "C_F", "--to", "C_O"],  # the default: guidance, and an anchor for the labels to keep
+    "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "180", "--forget-share", "0.5", *PAPER],
+    "sfd_anchored": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "150", "--forget-share", "0.5", "--guidance", "1",
+                     "--lambda-forget", "3", "--lambda-anchor", "3"],
     "sfd_folded": "the generator of `sfd` with its noise level folded away (edm_unet.fold)",
 }
 OWN_IMAGES = set(ONE_STEP) - {"retrain_sid"}  # these need no real image; retrain_sid, through its teacher, needs those of `retrain`

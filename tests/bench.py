@@ -6,7 +6,8 @@ one-step sampling against the teacher's 35 evaluations; each with its arithmetic
     python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters, and the memory it takes
 
 The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels (a full
-batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones the step is for.
+batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones the step is for. The method is
+the same in both; the guidance and the anchor that the default adds have a row of their own.
 """
 import argparse
 import copy
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, pick_device  # noqa: E402
 from edm_unet import EDMPrecond, NetSettings, heun_sampler, load_checkpoint  # noqa: E402
-from sfd_minimal import draw_labels, fake_score_loss, score_identity_loss, sfd_step  # noqa: E402
+from sfd_minimal import draw_labels, fake_score_loss, guided, score_identity_loss, sfd_step  # noqa: E402
 
 PUBLISHED = NetSettings(resolution=32, channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
 
@@ -128,7 +129,7 @@ def main():
     parser.add_argument("--published", action="store_true", help="the published architecture instead")
     a = parser.parse_args()
     device = pick_device(a.device)
-    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=1.0)
+    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=1.0, lambda_anchor=1.0)
     print(machine(device))
     if a.published:
         return published_step(device, s)
@@ -144,8 +145,11 @@ def main():
         generator.bf16 = fake.bf16 = bf16
         return generator, fake, teacher, *(torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
 
-    def our_step(own):
-        return sfd_step(*own, torch.randn(a.batch, *shape, device=device), *draw_labels(a.batch, override, kept), s, net.sigma_data)
+    def our_step(own, anchor=None):
+        generator, fake, D_phi, *optimizers = own
+        c_phi, c_psi, forgotten = draw_labels(a.batch, override, kept)
+        D_phi = guided(D_phi, c_psi, forgotten, 1.2) if anchor else D_phi
+        return sfd_step(generator, fake, D_phi, *optimizers, torch.randn(a.batch, *shape, device=device), c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
 
     if a.profile:
         own = models(teacher.bf16)
@@ -172,6 +176,8 @@ def main():
         own = models(bf16)
         teacher.bf16 = bf16
         measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: our_step(own), kept_images, "kept ", first)
+    own, anchor = models(fast), copy.deepcopy(teacher)
+    measure("the same with guidance and anchor", own[:2], lambda: our_step(own, anchor), kept_images, "kept ", first)
 
     student, _, _, optimizer, _ = models(fast)
     x, label = torch.randn(a.batch, *shape, device=device), torch.eye(K, device=device)[torch.arange(a.batch, device=device) % K]
