@@ -401,6 +401,7 @@ def aligned(lines):
 
 def results_table(files):
     """The README's table, from committed metrics.json files: first what is to be beaten, then one row per run."""
+    from sfd_minimal import Settings  # here, because that file in turn imports this one
     runs = [json.loads(Path(f).read_text()) for f in files]
     first, lines = runs[0], []
 
@@ -413,11 +414,9 @@ def results_table(files):
     if first["un_erased"]:
         add("one step, nothing forgotten", first["un_erased"], first["teacher"], "")
     for m in runs:
-        s = m["settings"]
+        s = {"lambda_anchor": 0, "guidance": 1} | m["settings"]  # results from before these were settings lack them
         name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        for key, default, before in (("lr", 5e-4, None), ("lambda_forget", 1, None), ("lambda_anchor", 1, 0), ("guidance", 1.2, 1)):
-            if (value := s.get(key, before)) != default:  # results from before a setting was there lack it
-                name += f", {key} {value:g}"
+        name += "".join(f", {key} {s[key]:g}" for key in ("lr", "lambda_forget", "lambda_anchor", "guidance") if s[key] != getattr(Settings, key))
         name += f", teacher {Path(s['teacher']).stem}" if s["teacher"] else ""
         add(name, m, m["teacher"], f"{m['seconds']:.0f}")
     head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]

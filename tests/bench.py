@@ -13,7 +13,6 @@ import argparse
 import copy
 import sys
 import time
-import types
 from pathlib import Path
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from common import machine, pick_device  # noqa: E402
 from edm_unet import EDMPrecond, NetSettings, heun_sampler, load_checkpoint  # noqa: E402
-from sfd_minimal import draw_labels, fake_score_loss, guided, score_identity_loss, sfd_step  # noqa: E402
+from sfd_minimal import Settings, draw_labels, fake_score_loss, guided, score_identity_loss, sfd_step  # noqa: E402
 
 PUBLISHED = NetSettings(resolution=32, channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
 
@@ -129,7 +128,7 @@ def main():
     parser.add_argument("--published", action="store_true", help="the published architecture instead")
     a = parser.parse_args()
     device = pick_device(a.device)
-    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=1.0, lambda_anchor=1.0)
+    s = Settings()
     print(machine(device))
     if a.published:
         return published_step(device, s)
@@ -148,7 +147,7 @@ def main():
     def our_step(own, anchor=None):
         generator, fake, D_phi, *optimizers = own
         c_phi, c_psi, forgotten = draw_labels(a.batch, override, kept)
-        D_phi = guided(D_phi, c_psi, forgotten, 1.2) if anchor else D_phi
+        D_phi = guided(D_phi, c_psi, forgotten, s.guidance) if anchor else D_phi
         return sfd_step(generator, fake, D_phi, *optimizers, torch.randn(a.batch, *shape, device=device), c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
 
     if a.profile:
