@@ -226,7 +226,7 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "guidance of the kept labels": ("index_put((forgotten,), D_f + guidance * (D_phi[forgotten]", "index_put((~forgotten,), D_f + guidance * (D_phi[~forgotten]"),
     "guidance towards the forgotten label": ("D_f + guidance * (D_phi[forgotten] - D_f)", "D_phi[forgotten] + guidance * (D_f - D_phi[forgotten])"),
     "guidance counted twice": ("D_f + guidance *", "D_phi[forgotten] + guidance *"),
-    "guidance from the override itself": ("(c_phi, c_psi[forgotten])", "(c_phi, c_phi[forgotten])"),
+    "guidance from the override itself": ("and_rows(c_phi, c_psi)", "and_rows(c_phi, c_phi)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
