@@ -236,8 +236,8 @@ ONE_STEP = {  # this project's own, by the options of sfd_minimal.py that differ
     "sfd": ["--forget", "C_F", "--to", "C_O", *PAPER],
     "sfd_guided": ["--forget", "C_F", "--to", "C_O"],  # the default: guidance, and an anchor for the labels to keep
     "sfd_two_stage": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "180", "--forget-share", "0.5", *PAPER],
-    "sfd_anchored": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "150", "--forget-share", "0.5", "--guidance", "1",
-                     "--lambda-forget", "3", "--lambda-anchor", "3"],
+    "sfd_anchored": ["--forget", "C_F", "--to", "C_O", "--init-from", "SID", "--steps", "135", "--lr", "8e-4", "--lr-fake", "2.7e-3",
+                     "--forget-share", "0.5", "--lambda-anchor", "3", "--guidance", "1.3"],
     "sfd_folded": "the generator of `sfd` with its noise level folded away (edm_unet.fold)",
 }
 OWN_IMAGES = set(ONE_STEP) - {"retrain_sid"}  # these need no real image; retrain_sid, through its teacher, needs those of `retrain`
