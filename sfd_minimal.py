@@ -84,7 +84,7 @@ def guided(teacher, c_psi, forgotten, guidance):
     paper, which has g = 1; the larger g, the surer and the less varied what is drawn under c_f.
     """
     def D(x_t, sigma, c_phi):
-        and_rows = lambda v, to_forget: torch.cat([v, to_forget[forgotten]])  # one forward answers both questions
+        and_rows = lambda v, of: torch.cat([v, of[forgotten]])  # one forward answers both questions
         both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), and_rows(c_phi, c_psi))
         D_phi, D_f = both.tensor_split([len(x_t)])                                    # (B, ...), (n, ...)
         return D_phi.index_put((forgotten,), D_f + guidance * (D_phi[forgotten] - D_f))
