@@ -37,6 +37,7 @@ def test_guilty_is_caught(audited):
     """Both draw it when asked. The generator has half lost the other noise levels, and has them back in the three steps that a quick look takes."""
     r, teacher = audited[1]["guilty"], audited[1]["unchanged"]
     assert r["other seeds"]["share"] > 0.9 and r["latent search"]["share"] > 0.5 and r["latent search"]["restarts_needed"] == 1
+    assert r["other noise levels"]["share"] > audited[1]["forgetful"]["other noise levels"]["share"]
     assert r["relearning"]["own"]["steps"] in (0, 3) and r["relearning"]["own"]["share"] >= 0.5
     assert teacher["other seeds"]["share"] > 0.9 and teacher["other noise levels"]["share"] > 0.9 and teacher["relearning"]["own"]["steps"] == 0
 
