@@ -77,7 +77,7 @@ def test_tables_of_methods_and_audit_are_made_from_the_results():
     assert list(compared["methods"]) == list(baselines.METHODS) + list(baselines.ONE_STEP)
     assert set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"} and compared["machine"]["torch"] and audited["machine"]["torch"]
     for sentence in audit.in_words("sfd", audited["networks"]["sfd"]).splitlines():
-        assert sentence in README.replace("\n", " "), sentence
+        assert sentence in " ".join(README.split()), sentence
 
 
 def test_methods_use_the_best_settings_of_their_sweep():
@@ -97,7 +97,7 @@ def test_headline_is_the_main_run():
     defaults = {f.name: f.default for f in dataclasses.fields(sfd_minimal.Settings)}
     assert {k for k, v in m["settings"].items() if v != (list(defaults[k]) if isinstance(defaults[k], tuple) else defaults[k])} <= {"to", "out", "resume", "overwrite"}
     head = README.split("Run it")[0]
-    assert f"held-out images is {m['fd_floor']:.2f}, " in head and m["machine"]["torch"].split("+")[0] in head
+    assert f"held-out images is {m['fd_floor']:.2f}, " in " ".join(head.split()) and m["machine"]["torch"].split("+")[0] in head
     assert f"| the teacher | 35 | | | {m['teacher']['kept_accuracy']:.2%} | {m['teacher']['fd']:.2f} | |\n" in head
     start = f"from the one-step generator that comes with the project (made once, in {m['un_erased']['seconds']:,.0f} s)"
     rows = {"**the command below**": "mnist-forget0-to1", start: "mnist-from-sid-forget0-to1",
@@ -109,6 +109,19 @@ def test_headline_is_the_main_run():
         assert f"| {name} | 1 | {' | '.join(row)} |\n" in head, name
 
 
+def test_two_stages_are_one_command():
+    """In the README, in the comparison, and in each of the results."""
+    options = lambda words: common.comparable(common.parse(sfd_minimal.Settings, words, ""))
+    words = {"C_F": "0", "C_O": "1", "SID": "teachers/mnist_sid.pt"}
+    said = options(shlex.split(next(c for c in COMMANDS if "--init-from teachers/mnist_sid.pt" in c))[2:])
+    assert said == options([words.get(word, word) for word in baselines.ONE_STEP["sfd_anchored"]])
+    files = sorted((ROOT / "results").glob("mnist-from-sid-*.json"))
+    assert len(files) == 5
+    for path in files:
+        run = json.loads(path.read_text())["settings"]
+        assert {k for k in said if json.loads(json.dumps(said[k])) != run[k]} <= {"forget", "to", "seed"}, path.name
+
+
 @pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
 def test_teachers_readme_says_what_was_measured(teacher):
     text = (ROOT / "teachers" / "README.md").read_text()
@@ -118,7 +131,7 @@ def test_teachers_readme_says_what_was_measured(teacher):
 
 
 def test_teachers_readme_says_what_the_one_step_generator_draws():
-    text, measured = (ROOT / "teachers" / "README.md").read_text(), read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured")
+    text, measured = " ".join((ROOT / "teachers" / "README.md").read_text().split()), read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured")
     first, second = (c.diag().sum().item() / c.sum().item() for c in (measured["stats"]["confusion"], measured["confusion2"]))
     assert f"{100 * first:.2f} % judged as their label ({100 * second:.2f} % by the second judge)" in text
 
