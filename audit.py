@@ -1,11 +1,12 @@
 """Can it come back? Six ways to ask a network for the class that it is said to have forgotten.
 
-    python evaluate.py runs/mnist-forget0-to1 --audit                # one run: audit.json and audit.png in its folder
-    python evaluate.py runs/mnist-baselines-forget0-to1 --audit      # each method of baselines.py, in one table and one figure
+    python evaluate.py runs/mnist-forget0-to1 --audit              # one run: audit.json and audit.png in its folder
+    python evaluate.py runs/mnist-baselines-forget0-to1 --audit    # each method of baselines.py: one table, one figure
 
-Judge A guides the searches; what counts is what judge B, of another architecture, says of the image. Attempts 4 to 6 need real images.
-One-step generators are cheap to ask; a network of 35 evaluations is asked less often, and searched through 6 Euler steps, before
-its find is drawn with all 35. Every share is printed with its number of images in audit.json.
+Judge A guides the searches; what counts is what judge B, of another architecture, says of the image. Attempts 4 to 6
+need real images. One-step generators are cheap to ask; a network of 35 evaluations is asked less often, and searched
+through 6 Euler steps, before its find is drawn with all 35. Every share is printed with its number of images in
+audit.json.
 """
 import copy
 import json
@@ -31,7 +32,8 @@ class Suspect:
         self.network.requires_grad_(False)
         if len(content.get("forget", [])) != 1:
             raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
-        self.c_f, self.data, self.device, self.net = content["forget"][0], content["data"], device, self.network.settings
+        self.c_f, self.data, self.device, self.net = (
+            content["forget"][0], content["data"], device, self.network.settings)
         self.K, self.nfe, self.one_step = self.net.num_classes, content["nfe"], content["nfe"] == 1
         self.sigma_init = content.get("sigma_init")
         self.referee = evaluate.Referee(self.data, device, [self.c_f], content["to"])
@@ -42,7 +44,8 @@ class Suspect:
 
     def noise(self, n):
         """On the sphere ||z|| = sqrt(d), where nearly all of N(0, I) lies."""
-        return on_sphere(torch.randn(n, self.net.channels, self.net.resolution, self.net.resolution, device=self.device))
+        return on_sphere(torch.randn(n, self.net.channels, self.net.resolution, self.net.resolution,
+                                     device=self.device))
 
     def label(self, k, n):
         return F.one_hot(torch.full((n,), k, device=self.device), self.K).float()
@@ -63,9 +66,11 @@ class Suspect:
         return torch.cat([self.referee.judge2(evaluate.to_float(part))[0].softmax(1) for part in images.split(500)])
 
     def seen(self, x):
-        """Images in [-1, 1] -> ({the share that judge B takes for c_f, how many they are}, the one it is surest of, uint8)."""
+        """Images in [-1, 1] -> ({the share that judge B takes for c_f, how many they are},
+        the one it is surest of, uint8)."""
         p = self.belief(images := evaluate.to_uint8(x))
-        return {"share": (p.argmax(1) == self.c_f).float().mean().item(), "n": len(x)}, images[p[:, self.c_f].argmax()].cpu()
+        return ({"share": (p.argmax(1) == self.c_f).float().mean().item(), "n": len(x)},
+                images[p[:, self.c_f].argmax()].cpu())
 
     @torch.no_grad()
     def draw(self, z, label):
@@ -80,7 +85,7 @@ def on_sphere(z):
     return z * (z[0].numel() ** 0.5 / z.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the attempts
+# -------------------------------------------------------------------------------------------------------- the attempts
 
 def seeds(s, images):
     """1. Ask again: other draws of z under c_f, and under every other label."""
@@ -108,8 +113,8 @@ def latent(s, images):
 
 
 def labels(s, images):
-    """3. Ask for what is no label: mixes of two, Dirichlet mixes, and one vector in R^K searched for all z at once, from four starts, of which
-    the one is kept that judge A, which guides the search, is surest of."""
+    """3. Ask for what is no label: mixes of two, Dirichlet mixes, and one vector in R^K searched for all z at once,
+    from four starts, of which the one is kept that judge A, which guides the search, is surest of."""
     eye, rng = torch.eye(s.K, device=s.device), torch.distributions.Dirichlet(torch.ones(s.K, device=s.device))
     pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(s.K) for j in range(i)]).repeat(s.effort(10, 3), 1)
     dirichlet = rng.sample((len(pairs),))
@@ -122,15 +127,18 @@ def labels(s, images):
         optimizer.step()
     surest = v[loss.argmin()].detach()
     m = s.effort(500, 50)
-    found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)), "dirichlet": s.seen(s.draw(s.noise(len(pairs)), dirichlet)),
+    found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)),
+             "dirichlet": s.seen(s.draw(s.noise(len(pairs)), dirichlet)),
              "searched": s.seen(s.draw(s.noise(m), surest.expand(m, s.K)))}
     most = max(found, key=lambda k: found[k][0]["share"])
-    return found[most][0] | {"by": most, "starts": len(v), "steps": steps} | {k: f[0] for k, f in found.items()}, found[most][1]
+    return (found[most][0] | {"by": most, "starts": len(v), "steps": steps} | {k: f[0] for k, f in found.items()},
+            found[most][1])
 
 
 def inversion(s, images):
-    """4. Reconstruct held-out images of c_f, of the labels to keep, and foreign ones (kept ones turned by 90 degrees) from a z on the sphere
-    and a free label vector. The root-mean-square errors of the three are compared: what was forgotten should be as hard as what is foreign."""
+    """4. Reconstruct held-out images of c_f, of the labels to keep, and foreign ones (kept ones turned by 90 degrees)
+    from a z on the sphere and a free label vector. The root-mean-square errors of the three are compared: what was
+    forgotten should be as hard as what is foreign."""
     n, steps = min(s.effort(24, 8), len(images["forgotten"]), len(images["kept"])), s.effort(100, 40)
     kept = images["kept"][:n]
     target = torch.cat([images["forgotten"][:n], kept, kept.rot90(1, (2, 3))])
@@ -144,28 +152,32 @@ def inversion(s, images):
         optimizer.step()
     forgotten, kept, foreign = (e.sqrt().detach() for e in error.split(n))
     numbers, best = s.seen(x[:n].detach())
-    return numbers | {"error_forgotten": forgotten.median().item(), "error_kept": kept.median().item(), "error_foreign": foreign.median().item(),
+    return numbers | {"error_forgotten": forgotten.median().item(), "error_kept": kept.median().item(),
+                      "error_foreign": foreign.median().item(),
                       "harder_than_kept": (forgotten[:, None] > kept).float().mean().item(), "steps": steps}, best
 
 
 def noise_levels(s, images):
-    """5. The network is a denoiser, whatever it was trained for last: draw with it in 35 evaluations under c_f, and give it half-noised
-    images of c_f to finish (SDEdit, from sigma = 2)."""
+    """5. The network is a denoiser, whatever it was trained for last: draw with it in 35 evaluations under c_f, and
+    give it half-noised images of c_f to finish (SDEdit, from sigma = 2)."""
     n = s.effort(200, 200)
     drawn = s.seen(heun_sampler(s.network, s.noise(n), s.label(s.c_f, n)))
     real = images["forgotten"][:s.effort(100, 100)]
-    finished = s.seen(heun_sampler(s.network, real / 2 + torch.randn_like(real), s.label(s.c_f, len(real)), sigma_max=2.0))
+    finished = s.seen(heun_sampler(s.network, real / 2 + torch.randn_like(real),
+                                   s.label(s.c_f, len(real)), sigma_max=2.0))
     return drawn[0] | {"sdedit": finished[0]}, drawn[1]
 
 
 def relearning(s, images):
-    """6. Fine-tune all weights as a denoiser, with EDM's loss, until judge B takes half of the images under c_f (17 evaluations) for c_f again:
-    on its own images of the labels to keep alone, on real ones of these alone, and on 10 and 100 real images of c_f beside those."""
+    """6. Fine-tune all weights as a denoiser, with EDM's loss, until judge B takes half of the images under c_f
+    (17 evaluations) for c_f again: on its own images of the labels to keep alone, on real ones of these alone,
+    and on 10 and 100 real images of c_f beside those."""
     own_label = torch.tensor(s.referee.kept, device=s.device).repeat(s.effort(20, 20))
     own = s.draw(s.noise(len(own_label)), F.one_hot(own_label, s.K).float())
     kept, kept_label, forgotten = images["kept"], images["kept_label"], images["forgotten"]
     f_label, limit = torch.full((len(forgotten),), s.c_f, device=s.device), s.effort(60, 60)
-    attacks = {"own": [(own, own_label)], "kept": [(kept, kept_label)], "10": [(kept, kept_label), (forgotten[:10], f_label)],
+    attacks = {"own": [(own, own_label)], "kept": [(kept, kept_label)],
+               "10": [(kept, kept_label), (forgotten[:10], f_label)],
                "100": [(kept, kept_label), (forgotten[:100], f_label)]}
     result, best, most = {}, None, -1.0
     for name, sets in attacks.items():
@@ -183,7 +195,8 @@ def relearning(s, images):
                 i = torch.randint(len(x), (32 // len(sets),), device=s.device)
                 parts.append((x[i], k[i]))
             x, k = (torch.cat(p) for p in zip(*parts))
-            loss = edm_loss(network, x, torch.randn(len(x), 1, 1, 1, device=s.device).mul(1.2).exp(), F.one_hot(k, s.K).float())
+            loss = edm_loss(network, x, torch.randn(len(x), 1, 1, 1, device=s.device).mul(1.2).exp(),
+                            F.one_hot(k, s.K).float())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -191,11 +204,11 @@ def relearning(s, images):
     return {"share": max(r["share"] for r in result.values()), "n": 50} | result, best
 
 
-ATTEMPTS = {"other seeds": seeds, "latent search": latent, "label search": labels, "inversion": inversion, "other noise levels": noise_levels,
-            "relearning": relearning}
+ATTEMPTS = {"other seeds": seeds, "latent search": latent, "label search": labels, "inversion": inversion,
+            "other noise levels": noise_levels, "relearning": relearning}
 
 
-# ------------------------------------------------------------------------------------------------------ all of them, and the report
+# ----------------------------------------------------------------------------------------- all of them, and the report
 
 def real_images(data, data_dir, c_f, device):
     """Held-out images in [-1, 1]: of c_f, and of the labels to keep with those labels."""
@@ -220,23 +233,31 @@ def audit_one(folder, device, data_dir, fast=False):
 
 
 def table(results):
-    """Markdown: one row per network; shares of images that judge B takes for the forgotten class, but for inversion and relearning."""
-    head = ["", "seeds", "under other labels", "latent search", "label search", "inversion error: forgotten / kept / foreign",
-            "other noise levels", "SDEdit", "relearned in steps: own / kept / 10 / 100 images"]
+    """Markdown: one row per network; shares of images that judge B takes for the forgotten class,
+    but for inversion and relearning."""
+    head = ["", "seeds", "under other labels", "latent search", "label search",
+            "inversion error: forgotten / kept / foreign", "other noise levels", "SDEdit",
+            "relearned in steps: own / kept / 10 / 100 images"]
     lines = []
     for name, r in results.items():
         i, n, back = r["inversion"], r["other noise levels"], r["relearning"]
-        steps = " / ".join("-" if back[k]["steps"] is None else str(back[k]["steps"]) for k in ("own", "kept", "10", "100"))
-        lines.append([f"`{name}`", f"{r['other seeds']['share']:.2%}", f"{r['other seeds']['other_share']:.1%}", f"{r['latent search']['share']:.0%}",
+        steps = " / ".join("-" if back[k]["steps"] is None else str(back[k]["steps"])
+                           for k in ("own", "kept", "10", "100"))
+        lines.append([f"`{name}`", f"{r['other seeds']['share']:.2%}", f"{r['other seeds']['other_share']:.1%}",
+                      f"{r['latent search']['share']:.0%}",
                       f"{r['label search']['share']:.0%} ({r['label search']['by']})",
-                      f"{i['error_forgotten']:.2f} / {i['error_kept']:.2f} / {i['error_foreign']:.2f}", f"{n['share']:.0%}", f"{n['sdedit']['share']:.0%}", steps])
+                      f"{i['error_forgotten']:.2f} / {i['error_kept']:.2f} / {i['error_foreign']:.2f}",
+                      f"{n['share']:.0%}", f"{n['sdedit']['share']:.0%}", steps])
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
 
 
 def figure(results, pictures, path):
-    """A row per network, a column per attempt: the image that judge B is surest of, and how often it took one for the forgotten class."""
+    """A row per network, a column per attempt: the image that judge B is surest of,
+    and how often it took one for the forgotten class."""
     plt = figures.pyplot()
-    fig, axes = plt.subplots(len(results), len(ATTEMPTS), figsize=(1.5 * len(ATTEMPTS) + 1.5, 1.12 * len(results) + 0.5), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(len(results), len(ATTEMPTS),
+                             figsize=(1.5 * len(ATTEMPTS) + 1.5, 1.12 * len(results) + 0.5),
+                             layout="constrained", squeeze=False)
     for ax, attempt in zip(axes[0], ATTEMPTS):
         ax.set_title(attempt.replace(" ", "\n", 1), fontsize=9)
     for row, (name, r) in zip(axes, results.items()):
@@ -253,26 +274,33 @@ def figure(results, pictures, path):
 
 def in_words(name, r):
     """Three sentences on one network."""
-    s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search", "other noise levels", "relearning"))
-    steps = {k: back[k]["steps"] if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)" for k in ("own", "kept", "10", "100")}
-    return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; a search of the latent finds it in {z['share']:.0%} of "
-            f"{z['n']} starts, a search of the label in {v['share']:.0%} of {v['n']} images.\n"
-            f"{name}: used as a denoiser at all noise levels, the same weights draw it in {n['share']:.0%} of {n['n']} images, and finish {n['sdedit']['share']:.0%} of "
-            f"{n['sdedit']['n']} half-noised real ones as it.\n"
-            f"{name}: steps of training that bring it back: {steps['own']} on its own images, {steps['kept']} on images of the kept classes, {steps['10']} with 10 and "
-            f"{steps['100']} with 100 images of it.")
+    s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search",
+                                       "other noise levels", "relearning"))
+    steps = {k: back[k]["steps"] if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)"
+             for k in ("own", "kept", "10", "100")}
+    return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; "
+            f"a search of the latent finds it in {z['share']:.0%} of {z['n']} starts, "
+            f"a search of the label in {v['share']:.0%} of {v['n']} images.\n"
+            f"{name}: used as a denoiser at all noise levels, the same weights draw it in {n['share']:.0%} of {n['n']} "
+            f"images, and finish {n['sdedit']['share']:.0%} of {n['sdedit']['n']} half-noised real ones as it.\n"
+            f"{name}: steps of training that bring it back: {steps['own']} on its own images, "
+            f"{steps['kept']} on images of the kept classes, "
+            f"{steps['10']} with 10 and {steps['100']} with 100 images of it.")
 
 
 def audit(out, device, data_dir, fast=False):
-    """Audit out/generator.pt, or that of every folder in `out`; prints table and sentences, writes out/audit.json and out/audit.png."""
+    """Audit out/generator.pt, or that of every folder in `out`; prints table and sentences,
+    writes out/audit.json and out/audit.png."""
     out = Path(out)
-    folders = {out.name: out} if (out / "generator.pt").exists() else {f.parent.name: f.parent for f in sorted(out.glob("*/generator.pt"))}
+    folders = ({out.name: out} if (out / "generator.pt").exists()
+               else {f.parent.name: f.parent for f in sorted(out.glob("*/generator.pt"))})
     if not folders:
         raise BadInput(f"{out} holds no generator.pt, nor does a folder in it")
     results, pictures = {}, {}
     for name, folder in folders.items():
         results[name], pictures[name] = audit_one(folder, device, data_dir, fast)
-        (out / "audit.json").write_text(json.dumps({"machine": evaluate.machine(device), "networks": results}, indent=1) + "\n")
+        (out / "audit.json").write_text(
+            json.dumps({"machine": evaluate.machine(device), "networks": results}, indent=1) + "\n")
     figure(results, pictures, out / "audit.png")
     print(table(results))
     print(*(in_words(name, r) for name, r in results.items()), sep="\n")

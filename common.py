@@ -1,5 +1,5 @@
-"""What every command of this project shares and no reader comes for: settings from the command line, the choice of device,
-and a training run that survives Ctrl-C, SIGKILL and a full disk."""
+"""What every command of this project shares and no reader comes for: settings from the command line, the choice of
+device, and a training run that survives Ctrl-C, SIGKILL and a full disk."""
 import argparse
 import csv
 import dataclasses
@@ -41,7 +41,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(cls, argv, description):
-    """A settings dataclass from a command line: one option per field, --like-this for like_this. BadInput for anything else."""
+    """A settings dataclass from a command line: one option per field, --like-this for like_this.
+    BadInput for anything else."""
     parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     types = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
@@ -67,7 +68,8 @@ def command(main):
     except KeyboardInterrupt:
         sys.exit(_one_line("interrupted", 130))
     except RuntimeError as e:
-        if not ("out of memory" in str(e) or "can't allocate memory" in str(e)):  # as torch says it of cuda and mps, and of the CPU
+        # as torch says it of cuda and mps, and of the CPU
+        if not ("out of memory" in str(e) or "can't allocate memory" in str(e)):
             raise
         sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch, where the command has one", 1))
 
@@ -108,9 +110,10 @@ def pick_device(name):
 
 def machine(device):
     """What a reported number must say of where it was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_features().get("cpu_name", platform.processor())
-    return {"device": device.type, "name": name, "bf16": has_fast_bf16(device), "threads": torch.get_num_threads(), "torch": str(torch.__version__),
-            "python": platform.python_version(), "system": platform.system()}
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else cpu_features().get("cpu_name", platform.processor()))
+    return {"device": device.type, "name": name, "bf16": has_fast_bf16(device), "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__), "python": platform.python_version(), "system": platform.system()}
 
 
 def check_run(s):
@@ -134,13 +137,16 @@ def refuse_useless(given, useful, when):
 
 
 def refuse_changed(out, was, now):
-    """BadInput where the run in the folder `out` was begun with the settings `was` and would go on with others, `now`."""
-    if differ := [f"{k} was {was.get(k)!r} and is {now.get(k)!r}" for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]:
+    """BadInput where the run in the folder `out` was begun with the settings `was`
+    and would go on with others, `now`."""
+    if differ := [f"{k} was {was.get(k)!r} and is {now.get(k)!r}"
+                  for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]:
         raise BadInput(f"cannot resume {out} with other settings: {'; '.join(differ)}")
 
 
 def refuse_generator(path, info):
-    """BadInput where the entries of a checkpoint, `info`, are those of a one-step generator: the file at `path` is no teacher."""
+    """BadInput where the entries of a checkpoint, `info`, are those of a one-step generator:
+    the file at `path` is no teacher."""
     if "sigma_init" in info:
         raise BadInput(f"{path} is a one-step generator, not a teacher")
 
@@ -181,9 +187,10 @@ class SameTeacher:
 class Run:
     """A training run in the folder `out`: `for step in run:` counts, shows progress, saves and resumes.
 
-    parts: {name: anything with state_dict / load_state_dict}, all that changes while training. Saved with the step, the random
-    states and the settings to out/checkpoint.pt: every `save_every` seconds, at the end, and on Ctrl-C. A run resumed from there
-    ends with the same weights, bit for bit on the CPU. `history` is a list of dicts, written to out/log.csv at every save.
+    parts: {name: anything with state_dict / load_state_dict}, all that changes while training. Saved with the step, the
+    random states and the settings to out/checkpoint.pt: every `save_every` seconds, at the end, and on Ctrl-C. A run
+    resumed from there ends with the same weights, bit for bit on the CPU. `history` is a list of dicts, written to
+    out/log.csv at every save.
     """
 
     def __init__(self, out, settings, parts, resume, overwrite, save_every):
@@ -192,7 +199,8 @@ class Run:
         if resume:
             self._restore()
         elif self.out.is_dir() and any(self.out.iterdir()) and not overwrite:
-            raise BadInput(f"{self.out} holds a run already; continue it with --resume, replace it with --overwrite, or choose another --out")
+            raise BadInput(f"{self.out} holds a run already; "
+                           "continue it with --resume, replace it with --overwrite, or choose another --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / ".writable").touch()
@@ -200,7 +208,8 @@ class Run:
         except OSError as e:
             raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
         if not resume:
-            for old in ("checkpoint.pt", "log.csv", "metrics.json", "generator.pt", "both.pt", "teacher.pt", "judge.pt", "samples.png", "curves.png"):
+            for old in ("checkpoint.pt", "log.csv", "metrics.json", "generator.pt", "both.pt", "teacher.pt",
+                        "judge.pt", "samples.png", "curves.png"):
                 (self.out / old).unlink(missing_ok=True)
 
     def _restore(self):
@@ -209,7 +218,8 @@ class Run:
         saved = read_file(self.path, "run")
         refuse_changed(self.out, saved["settings"], comparable(self.settings))
         if lacking := self.parts.keys() - saved["parts"].keys():
-            raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, lacks {', '.join(sorted(lacking))}")
+            raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, "
+                           f"lacks {', '.join(sorted(lacking))}")
         for name, part in self.parts.items():
             try:
                 part.load_state_dict(saved["parts"][name])
@@ -227,9 +237,10 @@ class Run:
 
     def save(self):
         for name, part in self.parts.items():
-            if isinstance(part, torch.nn.Module) and not all(torch.isfinite(v).all() for v in part.state_dict().values()):
-                raise RunFailed(f"weights of {name} are not finite after step {self.step}: try a smaller learning rate. "
-                                f"The last good checkpoint, if there is one, is still at {self.path}")
+            if (isinstance(part, torch.nn.Module)
+                    and not all(torch.isfinite(v).all() for v in part.state_dict().values())):
+                raise RunFailed(f"weights of {name} are not finite after step {self.step}: try a smaller "
+                                f"learning rate. The last good checkpoint, if there is one, is still at {self.path}")
         save_atomically({"kind": "run", "parts": {k: v.state_dict() for k, v in self.parts.items()}, "step": self.step,
                          "seconds": self.seconds, "history": self.history, "settings": comparable(self.settings),
                          "rng": rng_states()}, self.path)
@@ -261,7 +272,8 @@ class Run:
                 if interrupted:
                     self.bar.close()
                     argv = [a for a in sys.argv if a not in ("--resume", "--overwrite")]
-                    print(f"stopped after step {self.step}; continue with: {shlex.join(['python', *argv, '--resume'])}", file=sys.stderr)
+                    print(f"stopped after step {self.step}; "
+                          f"continue with: {shlex.join(['python', *argv, '--resume'])}", file=sys.stderr)
                     sys.exit(130)
         finally:
             self.bar.close()
@@ -284,6 +296,8 @@ def set_rng_states(states):
 
 
 def comparable(settings):
-    """The settings that must not change between a run and its continuation: all but those that leave the training as it is."""
-    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every", "per_label", "fold", "sample", "label", "n"}
+    """The settings that must not change between a run and its continuation:
+    all but those that leave the training as it is."""
+    ignored = {"resume", "overwrite", "out", "data_dir", "device", "compile", "save_every", "per_label", "fold",
+               "sample", "label", "n"}
     return {k: v for k, v in dataclasses.asdict(settings).items() if k not in ignored}

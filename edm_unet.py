@@ -1,4 +1,4 @@
-"""The network, and all that a reader of SFD may take as given: a label-conditional DDPM++ U-Net (Song et al. 2021) under
+"""The network, and what a reader of SFD may take as given: a label-conditional DDPM++ U-Net (Song et al. 2021) under
 EDM preconditioning (Karras et al. 2022), the deterministic Heun sampler, and checkpoints that run no code when read.
 
 The contract of every denoiser in this project, networks and closed forms alike:
@@ -45,7 +45,8 @@ class NetSettings:
         for name, most in limits.items():
             if not (isinstance(getattr(self, name), int) and 1 <= getattr(self, name) <= most):
                 raise ValueError(f"{name} must be a whole number from 1 to {most}, not {getattr(self, name)!r}")
-        if not (1 <= len(self.channel_mult) <= 8 and all(isinstance(m, int) and 1 <= m <= 16 for m in self.channel_mult)):
+        if not (1 <= len(self.channel_mult) <= 8
+                and all(isinstance(m, int) and 1 <= m <= 16 for m in self.channel_mult)):
             raise ValueError(f"channel_mult must be 1 to 8 whole numbers from 1 to 16, not {self.channel_mult!r}")
         if self.resolution % (self.patch << (len(self.channel_mult) - 1)):
             raise ValueError(f"resolution {self.resolution} cannot be folded by patch {self.patch} and then halved "
@@ -53,7 +54,8 @@ class NetSettings:
         if self.model_channels % 4:
             raise ValueError(f"model_channels must be a multiple of 4, not {self.model_channels}")
         if not (0 <= self.dropout < 1 and 0 < self.sigma_data < 1000):
-            raise ValueError(f"dropout {self.dropout!r} must lie in [0, 1) and sigma_data {self.sigma_data!r} in (0, 1000)")
+            raise ValueError(f"dropout {self.dropout!r} must lie in [0, 1) "
+                             f"and sigma_data {self.sigma_data!r} in (0, 1000)")
 
 
 def group_norm(channels):
@@ -61,7 +63,8 @@ def group_norm(channels):
 
 
 class Block(nn.Module):
-    """Residual block of DDPM++: norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip; then attention where asked for."""
+    """Residual block of DDPM++: norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip;
+    then attention where asked for."""
 
     def __init__(self, c_in, c_out, emb_dim, attention=False, resample=None, dropout=0.0):
         super().__init__()
@@ -97,7 +100,8 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """DDPM++ U-Net F(x; c_noise, label). Parameters carry the names of the official EDM network, so its weights load as they are."""
+    """DDPM++ U-Net F(x; c_noise, label).
+    Parameters carry the names of the official EDM network, so its weights load as they are."""
 
     def __init__(self, s: NetSettings):
         super().__init__()
@@ -121,7 +125,8 @@ class UNet(nn.Module):
                 self.enc[f"{res}x{res}_down"] = block(c, c, resample="down")
             skips.append(c)
             for i in range(s.num_blocks):
-                self.enc[f"{res}x{res}_block{i}"] = block(c, s.model_channels * mult, attention=res in s.attn_resolutions)
+                self.enc[f"{res}x{res}_block{i}"] = block(c, s.model_channels * mult,
+                                                          attention=res in s.attn_resolutions)
                 c = s.model_channels * mult
                 skips.append(c)
 
@@ -162,7 +167,8 @@ class UNet(nn.Module):
 
 
 class EDMPrecond(nn.Module):
-    """D(x; sigma, label) = c_skip x + c_out F(c_in x; c_noise, label): Karras et al. 2022, eq. 7 and table 1. See the contract above."""
+    """D(x; sigma, label) = c_skip x + c_out F(c_in x; c_noise, label): Karras et al. 2022, eq. 7 and table 1.
+    See the contract above."""
 
     def __init__(self, settings: NetSettings):
         super().__init__()
@@ -184,19 +190,22 @@ class EDMPrecond(nn.Module):
 
 @torch.no_grad()
 def fold(model, sigma):
-    """A copy of a one-step generator that knows no noise level but `sigma`: the embeddings of (sigma, label) become a table of K rows, and the
-    layers that made them are gone. The same images under one-hot labels; a mix of labels mixes rows; at another sigma it is no denoiser."""
+    """A copy of a one-step generator that knows no noise level but `sigma`: the embeddings of (sigma, label) become a
+    table of K rows, and the layers that made them are gone. The same images under one-hot labels; a mix of labels mixes
+    rows; at another sigma it is no denoiser."""
     K, parameter = model.settings.num_classes, next(model.parameters())
     c_noise = torch.full((K,), math.log(sigma) / 4, device=parameter.device)
     kept = {k: v for k, v in model.state_dict().items() if not k.startswith("model.map_")}
     folded = EDMPrecond(dataclasses.replace(model.settings, folded=True)).to(parameter.device).eval()
-    folded.load_state_dict(kept | {"model.table.weight": model.model.embedding(c_noise, torch.eye(K, device=parameter.device)).T})
+    folded.load_state_dict(
+        kept | {"model.table.weight": model.model.embedding(c_noise, torch.eye(K, device=parameter.device)).T})
     folded.bf16 = model.bf16
     return folded
 
 
 def sigma_grid(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Noise level at the fraction u in [0, 1] of EDM's grid, from sigma_max (u = 0) to sigma_min (u = 1): eq. 5, continuous in u."""
+    """Noise level at the fraction u in [0, 1] of EDM's grid, from sigma_max (u = 0) to sigma_min (u = 1):
+    eq. 5, continuous in u."""
     return (sigma_max ** (1 / rho) + u * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
@@ -204,11 +213,13 @@ def sigma_grid(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
 def heun_sampler(D, z, label, steps=18, guidance=1.0, sigma_max=80.0):
     """EDM's deterministic second-order sampler (Karras et al. 2022, algorithm 1): 2 * steps - 1 evaluations of D.
 
-    z (B, ...) standard normal noise, label (B, K), sampling starts from sigma_max * z; guidance w moves D to D(0) + w (D(label) - D(0)), at twice the cost.
+    z (B, ...) standard normal noise, label (B, K), sampling starts from sigma_max * z; guidance w moves D to
+    D(0) + w (D(label) - D(0)), at twice the cost.
     Returns samples of z's shape and dtype; the state in between is float64, float32 on devices that have no float64.
     """
     dtype = torch.float32 if z.device.type == "mps" else torch.float64
-    sigmas = torch.cat([sigma_grid(torch.linspace(0, 1, steps, dtype=dtype, device=z.device), sigma_max=sigma_max), z.new_zeros(1, dtype=dtype)])
+    sigmas = torch.cat([sigma_grid(torch.linspace(0, 1, steps, dtype=dtype, device=z.device), sigma_max=sigma_max),
+                        z.new_zeros(1, dtype=dtype)])
 
     def slope(x, sigma):  # dx/dsigma of the probability flow, eq. 3
         D_x = D(x, sigma, label).to(dtype)
@@ -251,16 +262,19 @@ def save_atomically(obj, path):
 
 
 def read_file(path, kind):
-    """The dict in a file that `save_atomically` wrote, on the CPU. CheckpointError, in one line, if it is anything else than a `kind`."""
+    """The dict in a file that `save_atomically` wrote, on the CPU.
+    CheckpointError, in one line, if it is anything else than a `kind`."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of some foreign pickles before it refuses them; the refusal says enough
+            # torch warns of some foreign pickles before it refuses them; the refusal says enough
+            warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged or hostile file can raise anything; whatever it is, the file is refused
-        reason = "it is empty" if path.stat().st_size == 0 else f"truncated, or not a checkpoint ({type(e).__name__}); nothing in it was run"
+        reason = ("it is empty" if path.stat().st_size == 0
+                  else f"truncated, or not a checkpoint ({type(e).__name__}); nothing in it was run")
         raise CheckpointError(f"{path}: cannot be read: {reason}") from e
     if not isinstance(content, dict) or content.get("kind") != kind:
         found = repr(content.get("kind")) if isinstance(content, dict) else type(content).__name__
@@ -275,7 +289,8 @@ def pack(model, half=False):
 
 
 def unpack(packed):
-    """The EDMPrecond that `pack` took apart, float32, on the CPU. CheckpointError where settings and weights do not fit."""
+    """The EDMPrecond that `pack` took apart, float32, on the CPU.
+    CheckpointError where settings and weights do not fit."""
     try:
         settings = NetSettings(**packed["net"])
         with torch.device("meta"):  # shapes only: settings that ask for an absurd size cost nothing
@@ -287,8 +302,9 @@ def unpack(packed):
 
 
 def load_checkpoint(path, device="cpu"):
-    """(denoiser, content): the EDMPrecond in a checkpoint of this project or a published edm-*.pkl, in eval mode, and the file's
-    other entries. bfloat16 is on where the device computes it fast. CheckpointError, in one line, for a file that is neither."""
+    """(denoiser, content): the EDMPrecond in a checkpoint of this project or a published edm-*.pkl, in eval mode, and
+    the file's other entries. bfloat16 is on where the device computes it fast. CheckpointError, in one line, for a file
+    that is neither."""
     if Path(path).suffix == ".pkl":
         from edm_pickle import load_published
         model = load_published(path)
@@ -307,8 +323,8 @@ def load_checkpoint(path, device="cpu"):
 
 
 def weight_files(data, what, named=""):
-    """Paths of the `what` (teacher, judge, judge2, sid) of a data set that are there: the one named, else the one that comes with the
-    project and the one that was trained in runs/."""
+    """Paths of the `what` (teacher, judge, judge2, sid) of a data set that are there: the one named, else the one that
+    comes with the project and the one that was trained in runs/."""
     name = Path(data).name
     shipped = Path(__file__).parent / "teachers" / (f"{name}.pt" if what == "teacher" else f"{name}_{what}.pt")
     trained = Path("runs") / f"{name}-{what}" / {"teacher": "teacher.pt", "sid": "both.pt"}.get(what, "judge.pt")
@@ -337,7 +353,8 @@ def main(argv):
     """`python edm_unet.py convert FILE.pkl OUT.pt --data NAME`: a published EDM checkpoint as one of this project's."""
     from common import Parser
     from edm_pickle import load_published
-    parser = Parser(description="Convert a published EDM checkpoint (edm-*.pkl) to this project's format; no code in it is run.")
+    parser = Parser(description="Convert a published EDM checkpoint (edm-*.pkl) to this project's format; "
+                                "no code in it is run.")
     parser.add_argument("action", choices=["convert"])
     parser.add_argument("file", help="the published pickle")
     parser.add_argument("out", help="the checkpoint to write")

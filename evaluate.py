@@ -2,8 +2,9 @@
 
     python evaluate.py runs/mnist-forget0-to1       # prints the table; writes metrics.json and samples.png there
 
-An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside it, which is
-the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number comes from those.
+An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside
+it, which is the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number
+comes from those.
 """
 import hashlib
 import json
@@ -17,14 +18,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from common import BadInput, Parser, command, label_number, machine, pick_device, positive, refuse_useless
-from edm_unet import CheckpointError, find_weights, heun_sampler, load_checkpoint, read_file, save_atomically, weight_files
+from edm_unet import (CheckpointError, find_weights, heun_sampler, load_checkpoint, read_file, save_atomically,
+                      weight_files)
 from figures import curves_figure, samples_figure, tile, to_picture
 
 HERE, TEACHER_STEPS = Path(__file__).parent, 18
 PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
 
 
-# ------------------------------------------------------------------------------------------------------------------ the judge
+# ----------------------------------------------------------------------------------------------------------- the judge
 
 def conv_bn(c_in, c_out, stride=1):
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out))
@@ -52,29 +54,35 @@ class Residual(nn.Module):
 class Judge(nn.Module):
     """Classifier with a 128-wide penultimate layer. x (B, C, H, W) in [-1, 1] -> (logits (B, K), features (B, 128)).
 
-    arch "cnn" (three poolings), "resnet" (six blocks of two convolutions) or, the fastest to train on photographs, "resnet9" (after Jordan 2024: frozen
-    whitening filters, then three times a convolution that halves the side and one more beside it; sides of 16 and more, of any size once built).
-    mirror: once trained, its features are the mean of those of the image and of its mirror image. ValueError for another arch or a smaller side."""
+    arch "cnn" (three poolings), "resnet" (six blocks of two convolutions) or, the fastest to train on photographs,
+    "resnet9" (after Jordan 2024: frozen whitening filters, then three times a convolution that halves the side and one
+    more beside it; sides of 16 and more, of any size once built).
+    mirror: once trained, its features are the mean of those of the image and of its mirror image.
+    ValueError for another arch or a smaller side."""
 
     def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1, mirror=False):
         super().__init__()
-        self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width, stem_stride=stem_stride, mirror=mirror)
+        self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width,
+                             stem_stride=stem_stride, mirror=mirror)
         w = width
         if arch == "cnn":
-            plan = [(channels, w, stem_stride), "pool", (w, 2 * w, 1), (2 * w, 2 * w, 1), "pool", (2 * w, 4 * w, 1), "pool"]
+            plan = [(channels, w, stem_stride), "pool", (w, 2 * w, 1), (2 * w, 2 * w, 1), "pool",
+                    (2 * w, 4 * w, 1), "pool"]
             layers = [nn.MaxPool2d(2) if p == "pool" else nn.Sequential(conv_bn(*p), nn.ReLU()) for p in plan]
             side = (resolution + stem_stride - 1) // stem_stride // 8
             layers += [nn.Flatten(), nn.Linear(4 * w * side ** 2, 128)]
         elif arch == "resnet":
-            layers = [conv_bn(channels, w, stem_stride), nn.ReLU(), ResBlock(w, w, 1), ResBlock(w, w, 1), ResBlock(w, 2 * w, 2),
-                      ResBlock(2 * w, 2 * w, 1), ResBlock(2 * w, 4 * w, 2), ResBlock(4 * w, 4 * w, 1)]
+            layers = [conv_bn(channels, w, stem_stride), nn.ReLU(), ResBlock(w, w, 1), ResBlock(w, w, 1),
+                      ResBlock(w, 2 * w, 2), ResBlock(2 * w, 2 * w, 1),
+                      ResBlock(2 * w, 4 * w, 2), ResBlock(4 * w, 4 * w, 1)]
             layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4 * w, 128)]
         elif arch == "resnet9":
             if resolution < 16:
                 raise ValueError(f"this judge needs images of at least 16x16, not {resolution}x{resolution}")
             layers = [nn.Conv2d(channels, 8 * channels, 2, bias=False).requires_grad_(False), nn.ReLU()]
             for c_in, c_out in (8 * channels, w), (w, 4 * w), (4 * w, 4 * w):
-                layers += [nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(c_out), nn.ReLU(), Residual(c_out)]
+                layers += [nn.Conv2d(c_in, c_out, 3, 1, 1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(c_out),
+                           nn.ReLU(), Residual(c_out)]
             layers += [nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(4 * w, 128)]
         else:
             raise ValueError(f"arch must be 'cnn', 'resnet' or 'resnet9', not {arch!r}")
@@ -98,9 +106,11 @@ def to_float(images):
 
 @torch.no_grad()
 def class_stats(judge, images, labels, keep=500, batch=500):
-    """All that the tables need of a set of images (uint8 (N, C, H, W)) asked for, or known, under `labels` (N,): per label k
+    """All that the tables need of a set of images (uint8 (N, C, H, W)) asked for, or known, under `labels` (N,):
+    per label k
 
-    confusion (K, K) how often an image of label k is judged as each class;  entropy (K,) of the judge's opinion, mean, in nats;
+    confusion (K, K) how often an image of label k is judged as each class;
+    entropy (K,) of the judge's opinion, mean, in nats;
     mean (K, 128), second (K, 128, 128) moments of its features;  features (K, <= keep, 128) of the first ones, float16.
     """
     judge.eval()
@@ -130,7 +140,7 @@ def digest(*paths):
     return hashlib.sha256(b"".join(Path(p).read_bytes() for p in paths)).hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------- numbers from statistics
+# --------------------------------------------------------------------------------------------- numbers from statistics
 
 def moments(stats, labels):
     """Mean (128,) and covariance (128, 128) of the equal-weight mixture of `labels`, float64."""
@@ -155,17 +165,18 @@ def frechet(a, b):
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images within
-    the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake."""
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images
+    within the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake."""
     def covered(points, support):
-        radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values  # the nearest neighbour of a point is itself
+        # the nearest neighbour of a point is itself
+        radius = torch.cdist(support, support).kthvalue(k + 1, dim=1).values
         return (torch.cdist(points, support) <= radius).any(1).float().mean().item()
     return covered(fake, real), covered(real, fake)
 
 
 def metrics(stats, confusion2, reference, floor, forget, to):
-    """The numbers of a verdict. stats of the images, confusion2 by the second judge, reference of the training images, floor of
-    the held-out ones; forget and to as `sfd_minimal.read_labels` gives them."""
+    """The numbers of a verdict. stats of the images, confusion2 by the second judge, reference of the training images,
+    floor of the held-out ones; forget and to as `sfd_minimal.read_labels` gives them."""
     confusion, K = stats["confusion"], len(stats["confusion"])
     kept = [k for k in range(K) if k not in forget]
     asked = [o for t in to for o in (kept if t < 0 else [t])]  # what the forgotten labels should show now
@@ -187,11 +198,12 @@ def metrics(stats, confusion2, reference, floor, forget, to):
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- from models to numbers
+# ---------------------------------------------------------------------------------------------- from models to numbers
 
 @torch.no_grad()
 def draw(generate, labels, net, device, seed, batch=500, progress=None):
-    """Images uint8 (N, C, H, W) under labels (N,): generate(z, one-hot) with z from a seed that means the same on every device."""
+    """Images uint8 (N, C, H, W) under labels (N,): generate(z, one-hot)
+    with z from a seed that means the same on every device."""
     rng, images = torch.Generator().manual_seed(seed), []
     for part in tqdm(labels.split(batch), desc=progress, disable=not progress, leave=False):
         z = torch.randn(len(part), net.channels, net.resolution, net.resolution, generator=rng).to(device)
@@ -208,8 +220,8 @@ def many_step(teacher):
 
 
 def load_generator(path, device):
-    """(generate(z, one-hot) -> images, network, its file's other entries and "nfe", the evaluations per image) of a one-step generator's
-    file, or of a teacher's."""
+    """(generate(z, one-hot) -> images, network, its file's other entries and "nfe", the evaluations per image) of a
+    one-step generator's file, or of a teacher's."""
     network, info = load_checkpoint(path, device)
     if "sigma_init" in info:
         return one_step(network, info["sigma_init"]), network, info | {"nfe": 1}
@@ -238,17 +250,20 @@ class Referee:
         self.kept = [k for k in range(len(self.classes)) if k not in forget]
 
     def misfit(self, net):
-        """In words, that the judges know images of another shape or other labels than the network draws; empty if they know its."""
+        """In words, that the judges know images of another shape or other labels than the network draws;
+        empty if they know its."""
         shape = lambda n: f"{n['num_classes']} classes of {n['channels']}x{n['resolution']}x{n['resolution']} images"
         draws, knows = shape(vars(net)), shape(self.judge.settings)
         return "" if draws == knows else f"the teacher draws {draws}, the judge knows {knows}"
 
     def check(self, net, per_label):
-        """BadInput where the judges cannot judge: another image shape, other labels, or too few images for precision and recall."""
+        """BadInput where the judges cannot judge: another image shape, other labels,
+        or too few images for precision and recall."""
         if misfit := self.misfit(net):
             raise BadInput(f"{misfit}: one of them is of another data set")
         if per_label * len(self.kept) < 4:
-            raise BadInput(f"--per-label {per_label} is too few: precision and recall need at least 4 images of kept labels")
+            raise BadInput(f"--per-label {per_label} is too few: "
+                           "precision and recall need at least 4 images of kept labels")
 
     def measure(self, generate, net, counts, progress=None):
         """(class_stats of the first judge, confusion of the second) of counts[k] images under each label k."""
@@ -260,7 +275,8 @@ class Referee:
         return metrics(stats, confusion2, self.reference, self.floor, self.forget, self.to)
 
     def probe(self, generate, net, per_label=100):
-        """A quick look at a generator in training: UA, kept accuracy and an FD that is biased upwards by its small sample."""
+        """A quick look at a generator in training: UA, kept accuracy and an FD
+        that is biased upwards by its small sample."""
         labels = torch.arange(net.num_classes).repeat_interleave(per_label)
         stats = class_stats(self.judge, draw(generate, labels, net, self.device, self.seed), labels, keep=0)
         accuracy = stats["confusion"].diag() / per_label
@@ -269,7 +285,8 @@ class Referee:
                             "fd": frechet(moments(stats, self.kept), moments(self.reference, self.kept))}
 
     def known(self, path, generate, net, per_label, what):
-        """`measure` of a file that does not change, remembered beside it under the fingerprint of that file and the judges'."""
+        """`measure` of a file that does not change, remembered beside it
+        under the fingerprint of that file and the judges'."""
         memory = Path(path).with_name(Path(path).stem + "_measured.pt")
         fingerprint = digest(path, *self.paths)
         try:
@@ -280,17 +297,18 @@ class Referee:
             print(f"note: this will be measured again: {e}")
         stats, confusion2 = self.measure(generate, net, [per_label] * net.num_classes, progress=what)
         try:
-            save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label, "stats": stats, "confusion2": confusion2,
-                             "machine": machine(self.device)}, memory)
+            save_atomically({"kind": "measured", "fingerprint": fingerprint, "per_label": per_label,
+                             "stats": stats, "confusion2": confusion2, "machine": machine(self.device)}, memory)
         except OSError as e:
             print(f"note: this will be measured again next time: {e}")
         return stats, confusion2
 
 
-# ------------------------------------------------------------------------------------------------------------ the whole verdict
+# --------------------------------------------------------------------------------------------------- the whole verdict
 
 def un_erased(data, teacher_sha256, device):
-    """(path, generator, its file's other entries) of the one-step generator there that forgot nothing and is of this teacher, or None."""
+    """(path, generator, its file's other entries) of the one-step generator there
+    that forgot nothing and is of this teacher, or None."""
     for path in weight_files(data, "sid"):
         generator, info = load_checkpoint(path, device)
         if info["teacher_sha256"] == teacher_sha256:
@@ -299,8 +317,9 @@ def un_erased(data, teacher_sha256, device):
 
 
 def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
-    """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where there is one.
-    Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png. Returns the metrics."""
+    """Judge out/generator.pt beside its teacher, and beside the one-step generator that has forgotten nothing where
+    there is one. Prints the table; writes out/metrics.json, out/samples.png and, where there is a log, out/curves.png.
+    Returns the metrics."""
     out, began = Path(out), time.perf_counter()
     generator, info = load_checkpoint(out / "generator.pt", device)
     if not {"settings", "sigma_init", "teacher_sha256"} <= info.keys():
@@ -308,12 +327,14 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     s, net, K = info["settings"], generator.settings, generator.settings.num_classes
     teacher_path = find_weights(info["data"], "teacher", teacher_file or s["teacher"])
     if teacher_path is None or digest(teacher_path) != info["teacher_sha256"]:
-        raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path or 'teachers/'}: name it with --teacher")
+        raise BadInput(f"the teacher that {out} was distilled from is not at {teacher_path or 'teachers/'}: "
+                       "name it with --teacher")
     teacher, teacher_info = load_checkpoint(teacher_path, device)
     referee = Referee(info["data"], device, info["forget"], info["to"])
     referee.check(net, per_label)
     if referee.origin["data"] != Path(info["data"]).name:
-        print(f"note: the judges learned from {referee.origin['data']}, and are right on {referee.origin['accuracy']:.2%} of its held-out images")
+        print(f"note: the judges learned from {referee.origin['data']}, "
+              f"and are right on {referee.origin['accuracy']:.2%} of its held-out images")
     forget, generate = info["forget"], one_step(generator, info["sigma_init"])
 
     counts = [5 * per_label if k in forget else per_label for k in range(K)]
@@ -322,34 +343,43 @@ def verdict(out, device, per_label=PER_LABEL, teacher_file=None):
     if forget and (found := un_erased(info["data"], info["teacher_sha256"], device)):
         sid_path, sid, sid_info = found
         sid = one_step(sid, sid_info["sigma_init"])
-        rows["un-erased one-step"] = referee.report(*referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
-        rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000), "seconds": sid_info["seconds"]}
-    rows["teacher"] = referee.report(*referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
+        rows["un-erased one-step"] = referee.report(
+            *referee.known(sid_path, sid, net, per_label, "judging the un-erased generator, once"))
+        rows["un-erased one-step"] |= {"nfe": 1, "images_per_second": images_per_second(sid, net, device, 1000),
+                                       "seconds": sid_info["seconds"]}
+    rows["teacher"] = referee.report(
+        *referee.known(teacher_path, many_step(teacher), net, per_label, "judging the teacher, once"))
 
     labels = torch.arange(K).repeat_interleave(20)
     start = time.perf_counter()
     teacher_images = draw(many_step(teacher), labels, net, device, seed=0)
-    rows["teacher"] |= {"nfe": 2 * TEACHER_STEPS - 1, "images_per_second": len(labels) / (time.perf_counter() - start), "seconds": teacher_info.get("seconds")}
-    samples_figure({"teacher, 35 evaluations": teacher_images, "generator, 1 evaluation": draw(generate, labels, net, device, seed=0)},
+    rows["teacher"] |= {"nfe": 2 * TEACHER_STEPS - 1, "images_per_second": len(labels) / (time.perf_counter() - start),
+                        "seconds": teacher_info.get("seconds")}
+    samples_figure({"teacher, 35 evaluations": teacher_images,
+                    "generator, 1 evaluation": draw(generate, labels, net, device, seed=0)},
                    referee.classes, forget, out / "samples.png")
     if (out / "log.csv").exists():
         curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
 
-    result = rows["this generator"] | {"seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "judge": referee.origin,
-                                       "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"),
-                                       "forget": forget, "to": info["to"], "settings": s, "trained_on": info["machine"], "machine": machine(device)}
+    result = rows["this generator"] | {
+        "seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "judge": referee.origin,
+        "teacher": rows["teacher"], "un_erased": rows.get("un-erased one-step"), "forget": forget, "to": info["to"],
+        "settings": s, "trained_on": info["machine"], "machine": machine(device)}
     text = json.dumps(result, indent=1)
     (out / "metrics.json").write_text(text + "\n")
     rows = {name: rows[name] for name in ("teacher", "un-erased one-step", "this generator") if name in rows}
     print(table(rows), per_class_table(rows, referee.classes), sep="\n\n", end="\n\n")
-    print(f"{result['n']} images of this generator judged ({per_label} per label" + (f", {5 * per_label} per forgotten label" if forget else "")
+    print(f"{result['n']} images of this generator judged ({per_label} per label"
+          + (f", {5 * per_label} per forgotten label" if forget else "")
           + f"); FD of held-out real images, its floor: {result['fd_floor']:.2f}")
-    print(f"trained in {info['seconds']:.0f} s, judged in {result['seconds_judging']:.0f} s; numbers in {out / 'metrics.json'}, pictures beside it")
+    print(f"trained in {info['seconds']:.0f} s, judged in {result['seconds_judging']:.0f} s; "
+          f"numbers in {out / 'metrics.json'}, pictures beside it")
     return result
 
 
 def write_samples(path, wanted, n, seed, out, device):
-    """n images, the wanted labels in equal shares, from a one-step generator or a teacher, as .npz, one .png grid, or a folder."""
+    """n images, the wanted labels in equal shares, from a one-step generator or a teacher,
+    as .npz, one .png grid, or a folder."""
     generate, network, _ = load_generator(path, device)
     net = network.settings
     if not out:
@@ -375,21 +405,23 @@ def write_samples(path, wanted, n, seed, out, device):
     print(f"{n} images of label {' '.join(map(str, asked.tolist()))} in {out}")
 
 
-COLUMNS = [("UA", "ua", "{:.2%}"), ("as override", "override_share", "{:.2%}"), ("UA, judge 2", "ua_judge2", "{:.2%}"), ("kept accuracy", "kept_accuracy", "{:.2%}"),
-           ("FD", "fd", "{:.1f}"), ("precision", "precision", "{:.3f}"), ("recall", "recall", "{:.3f}"), ("evaluations", "nfe", "{}"),
-           ("images/s", "images_per_second", "{:.0f}")]
+COLUMNS = [("UA", "ua", "{:.2%}"), ("as override", "override_share", "{:.2%}"), ("UA, judge 2", "ua_judge2", "{:.2%}"),
+           ("kept accuracy", "kept_accuracy", "{:.2%}"), ("FD", "fd", "{:.1f}"), ("precision", "precision", "{:.3f}"),
+           ("recall", "recall", "{:.3f}"), ("evaluations", "nfe", "{}"), ("images/s", "images_per_second", "{:.0f}")]
 
 
 def table(rows):
     """Markdown table of metrics, one row per generator."""
     columns = [c for c in COLUMNS if any(c[1] in r for r in rows.values())]
     lines = [["", *[title for title, _, _ in columns]]]
-    return aligned(lines + [[name, *[form.format(row[key]) if key in row else "" for _, key, form in columns]] for name, row in rows.items()])
+    return aligned(lines + [[name, *[form.format(row[key]) if key in row else "" for _, key, form in columns]]
+                            for name, row in rows.items()])
 
 
 def per_class_table(rows, classes):
     """Markdown table of the share of each label's images that are judged as that label."""
-    return aligned([["judged as its label, %", *classes], *[[name, *[f"{100 * a:.1f}" for a in row["per_class_accuracy"]]] for name, row in rows.items()]])
+    return aligned([["judged as its label, %", *classes],
+                    *[[name, *[f"{100 * a:.1f}" for a in row["per_class_accuracy"]]] for name, row in rows.items()]])
 
 
 def aligned(lines):
@@ -407,29 +439,35 @@ def results_table(files):
 
     def add(name, m, teacher, seconds):
         unlearned = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}"] if seconds and m["forget"] else ["", ""]
-        lines.append([name, *unlearned, f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / teacher['fd']:.2f}", f"{m['precision']:.3f}",
-                      f"{m['recall']:.3f}", str(m["nfe"]), seconds])
+        lines.append([name, *unlearned, f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['fd'] / teacher['fd']:.2f}",
+                      f"{m['precision']:.3f}", f"{m['recall']:.3f}", str(m["nfe"]), seconds])
 
     add("teacher", first["teacher"], first["teacher"], "")
     if first["un_erased"]:
         add("one step, nothing forgotten", first["un_erased"], first["teacher"], "")
     for m in runs:
         s = {"lambda_anchor": 0, "guidance": 1} | m["settings"]  # results from before these were settings lack them
-        name = f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps" + (" from the one-step generator" if s["init_from"] else "")
-        name += "".join(f", {key} {s[key]:g}" for key in ("lr", "lambda_forget", "lambda_anchor", "guidance") if s[key] != getattr(Settings, key))
+        name = (f"{' '.join(s['forget'])} to {' '.join(s['to'])}, seed {s['seed']}, {s['steps']} steps"
+                + (" from the one-step generator" if s["init_from"] else ""))
+        name += "".join(f", {key} {s[key]:g}" for key in ("lr", "lambda_forget", "lambda_anchor", "guidance")
+                        if s[key] != getattr(Settings, key))
         name += f", teacher {Path(s['teacher']).stem}" if s["teacher"] else ""
         add(name, m, m["teacher"], f"{m['seconds']:.0f}")
-    head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's", "precision", "recall", "evaluations", "seconds"]
+    head = ["", "UA", "as override", "kept accuracy", "FD", "FD / teacher's",
+            "precision", "recall", "evaluations", "seconds"]
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *lines])
 
 
 def main(argv):
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", help="folder of a run of sfd_minimal.py; or the word 'table', for the README's table from results/*.json")
-    parser.add_argument("--per-label", type=int, default=PER_LABEL, help="images judged under each label; five times as many under a forgotten one")
+    parser.add_argument("run", help="folder of a run of sfd_minimal.py; "
+                                    "or the word 'table', for the README's table from results/*.json")
+    parser.add_argument("--per-label", type=int, default=PER_LABEL,
+                        help="images judged under each label; five times as many under a forgotten one")
     parser.add_argument("--teacher", help="its teacher, if it is no longer where it was")
     parser.add_argument("--audit", action="store_true", help="can it come back? six attempts, with real images")
-    parser.add_argument("--data-dir", default="data", help="where torchvision keeps or downloads the images for --audit")
+    parser.add_argument("--data-dir", default="data",
+                        help="where torchvision keeps or downloads the images for --audit")
     parser.add_argument("--device", default="auto")
     a = parser.parse_args(argv)
     positive(a, "per_label")

@@ -32,7 +32,8 @@ def show(ax, picture):
 
 
 def samples_figure(panels, classes, forget, path):
-    """{title: uint8 images, sorted by label}: panels one above the other, one row per label, the forgotten rows marked."""
+    """{title: uint8 images, sorted by label}: panels one above the other, one row per label,
+    the forgotten rows marked."""
     plt, K = pyplot(), len(classes)
     fig, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False)
     for ax, (title, images) in zip(axes[:, 0], panels.items()):
@@ -42,14 +43,16 @@ def samples_figure(panels, classes, forget, path):
         ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
         ax.set_title(title, loc="left")
         for k in forget:
-            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
+            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1,
+                                       fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
             ax.get_yticklabels()[k].set(color=FORGOTTEN, fontweight="bold")
     fig.savefig(path, dpi=110)
     plt.close(fig)
 
 
 def curves_figure(log, teacher, path):
-    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis. None without probes."""
+    """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis.
+    None without probes."""
     with open(log, newline="") as f:
         lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
     if not lines:
@@ -58,12 +61,15 @@ def curves_figure(log, teacher, path):
     fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     if "ua" in lines[0]:
         left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
-    left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT, label="accuracy on kept classes")
+    left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT,
+              label="accuracy on kept classes")
     left.axhline(100 * teacher["kept_accuracy"], color="gray", ls="--", lw=1, label="teacher on kept classes")
     left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
     left.legend(loc="lower right")
-    right.plot(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT, label="generator (probe of 100 images per class)")
-    right.axhline(teacher["fd"], color="gray", ls="--", lw=1, label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
+    right.plot(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT,
+               label="generator (probe of 100 images per class)")
+    right.axhline(teacher["fd"], color="gray", ls="--", lw=1,
+                  label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
     right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")
     right.set_yscale("log", subs=(2, 5))
     right.yaxis.set_major_formatter("{x:g}")
@@ -73,7 +79,8 @@ def curves_figure(log, teacher, path):
     for ax in (left, right):
         ticks = [t for t in ax.get_xticks() if 0 <= t <= steps[-1]]
         top = ax.secondary_xaxis("top")
-        top.set_xticks(ticks, [f"{t:.0f}" for t in np.interp(ticks, [0, *steps], [0, *seconds])])  # steps of a run are not equally long
+        # steps of a run are not equally long
+        top.set_xticks(ticks, [f"{t:.0f}" for t in np.interp(ticks, [0, *steps], [0, *seconds])])
         top.set_xlabel("seconds")
     fig.savefig(path, dpi=110)
     plt.close(fig)

@@ -3,7 +3,8 @@
     python notebooks/refresh.py             # write their outputs
     python notebooks/refresh.py --check     # write nothing; fail where what they print is not what is committed
 
-Printed text must be the same, and each number in it within rtol * |committed| + atol, which stand in each notebook's metadata and first cell.
+Printed text must be the same, and each number in it within rtol * |committed| + atol, which stand in each notebook's
+metadata and first cell.
 """
 import argparse
 import re
@@ -31,7 +32,8 @@ def execute(path):
 
 def printed(notebook):
     """What each code cell printed."""
-    return ["".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in notebook.cells if cell.cell_type == "code"]
+    return ["".join(o.text for o in cell.outputs if o.output_type == "stream")
+            for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def differences(committed, fresh):
@@ -51,7 +53,8 @@ def differences(committed, fresh):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("notebook", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")), help="notebooks to run (default: all)")
+    parser.add_argument("notebook", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")),
+                        help="notebooks to run (default: all)")
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     a = parser.parse_args()
     failed = False
