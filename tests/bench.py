@@ -1,13 +1,16 @@
-"""Speed, side by side in one process: this project's SFD step against one written as the official code does it, teacher training, and
-one-step sampling against the teacher's 35 evaluations; each with its arithmetic, and the share of what the device makes of a matrix product.
+"""Speed, side by side in one process: this project's SFD step against the official code's way, training, sampling.
+
+Each of them, SFD step, teacher training, and one-step sampling against the teacher's 35 evaluations, with its
+arithmetic, and the share of what the device makes of a matrix product.
 
     python tests/bench.py [--teacher teachers/mnist.pt] [--batch 64] [--seconds 20] [--compile]
     python tests/bench.py --profile          # which operations this project's step spends its time in
-    python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters, and the memory it takes
+    python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters
 
-The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels (a full
-batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones the step is for. The method is
-the same in both; the guidance and the anchor that the default adds have a row of their own.
+The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels
+(a full batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones
+the step is for. The method is the same in both; the guidance and the anchor that the default adds have a row of
+their own.
 """
 import argparse
 import copy
@@ -24,14 +27,17 @@ from common import machine, pick_device  # noqa: E402
 from edm_unet import EDMPrecond, NetSettings, heun_sampler, load_checkpoint  # noqa: E402
 from sfd_minimal import Settings, draw_labels, fake_score_loss, guided, score_identity_loss, sfd_step  # noqa: E402
 
-PUBLISHED = NetSettings(resolution=32, channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,), dropout=0.13)
+PUBLISHED = NetSettings(resolution=32, channels=3, model_channels=128, channel_mult=(2, 2, 2), num_blocks=4,
+                        attn_resolutions=(16,), dropout=0.13)
 
 
 def official_step(generator, fake, teacher, optimizer_theta, optimizer_psi, batch, shape, override, s, device):
     def images(forgotten):
-        c = torch.zeros(batch, dtype=torch.long, device=device) if forgotten else torch.randint(1, len(override), (batch,), device=device)
+        c = (torch.zeros(batch, dtype=torch.long, device=device) if forgotten
+             else torch.randint(1, len(override), (batch,), device=device))
         label = F.one_hot(c, len(override)).float()
-        return generator(s.sigma_init * torch.randn(batch, *shape, device=device), s.sigma_init, label), label, F.one_hot(override[c], len(override)).float()
+        return (generator(s.sigma_init * torch.randn(batch, *shape, device=device), s.sigma_init, label), label,
+                F.one_hot(override[c], len(override)).float())
 
     generator.requires_grad_(False)
     fake.requires_grad_(True)
@@ -47,7 +53,8 @@ def official_step(generator, fake, teacher, optimizer_theta, optimizer_psi, batc
     optimizer_theta.zero_grad()
     for forgotten, weight in ((False, 1.0), (True, s.lambda_forget)):
         x_g, label, told = images(forgotten)
-        sigma = (0.002 ** (1 / 7) + 0.8 * torch.rand(batch, 1, 1, 1, device=device) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
+        sigma = (0.002 ** (1 / 7)
+                 + 0.8 * torch.rand(batch, 1, 1, 1, device=device) * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
         (weight * score_identity_loss(teacher, fake, x_g, told, label, sigma, s.alpha).mean()).backward()
     optimizer_theta.step()
     fake.requires_grad_(True)
@@ -111,10 +118,12 @@ def published_step(device, s, batch=2):
                      *draw_labels(batch, override, torch.arange(1, 10, device=device)), s)
     synchronize(device)
     seconds = time.perf_counter() - start
-    assert all(torch.isfinite(v) for v in terms.values()) and any((p != q).any() for p, q in zip(generator.parameters(), before))
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(f"published architecture, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, one SFD step of {batch} images: "
-          f"{seconds:.1f} s, peak memory of the process {peak / 2 ** 30:.1f} GiB")
+    assert (all(torch.isfinite(v) for v in terms.values())
+            and any((p != q).any() for p, q in zip(generator.parameters(), before)))
+    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    print(f"published architecture, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, "
+          f"one SFD step of {batch} images: {seconds:.1f} s, peak memory of the process {peak / 2 ** 30:.1f} GiB")
 
 
 def main():
@@ -142,13 +151,15 @@ def main():
     def models(bf16):
         generator, fake = copy.deepcopy(teacher).requires_grad_(True), copy.deepcopy(teacher).requires_grad_(True)
         generator.bf16 = fake.bf16 = bf16
-        return generator, fake, teacher, *(torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
+        return generator, fake, teacher, *(torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True)
+                                           for m in (generator, fake))
 
     def our_step(own, anchor=None):
         generator, fake, D_phi, *optimizers = own
         c_phi, c_psi, forgotten = draw_labels(a.batch, override, kept)
         D_phi = guided(D_phi, c_psi, forgotten, s.guidance) if anchor else D_phi
-        return sfd_step(generator, fake, D_phi, *optimizers, torch.randn(a.batch, *shape, device=device), c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
+        return sfd_step(generator, fake, D_phi, *optimizers, torch.randn(a.batch, *shape, device=device),
+                        c_phi, c_psi, forgotten, s, net.sigma_data, anchor)
 
     if a.profile:
         own = models(teacher.bf16)
@@ -160,26 +171,31 @@ def main():
     def measure(name, networks, step, images, kept="", first=None):
         with torch.compiler.set_stance("force_eager"):  # the count does not see into compiled code
             per_image = flops(step) / images
-        torch.compiler.reset()  # or the networks of all rows together exceed what torch is willing to compile of one function
+        # or the networks of all rows together exceed what torch is willing to compile of one function
+        torch.compiler.reset()
         for network in networks if a.compile else ():
             network.compile()
         speed = rate(step, a.seconds, device) * images
-        print(f"{name}: {speed:.1f} {kept}images/s, {per_image / 1e6:.1f} MFLOP per {kept}image, {speed * per_image / peak:.0%} of the matrix rate"
+        print(f"{name}: {speed:.1f} {kept}images/s, {per_image / 1e6:.1f} MFLOP per {kept}image, "
+              f"{speed * per_image / peak:.0%} of the matrix rate"
               + (f", {speed / first:.2f} times the first" if first else ""))
         return speed
 
     theirs = models(bf16=False)
     teacher.bf16 = False
-    first = measure("as the official code, float32", theirs[:3], lambda: official_step(*theirs, a.batch, shape, override, s, device), a.batch, "kept ")
+    first = measure("as the official code, float32", theirs[:3],
+                    lambda: official_step(*theirs, a.batch, shape, override, s, device), a.batch, "kept ")
     for bf16 in sorted({False, fast}):
         own = models(bf16)
         teacher.bf16 = bf16
-        measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: our_step(own), kept_images, "kept ", first)
+        measure(f"this project, {'bfloat16' if bf16 else 'float32'}", own[:2], lambda: our_step(own),
+                kept_images, "kept ", first)
     own, anchor = models(fast), copy.deepcopy(teacher)
     measure("the same with guidance and anchor", own[:2], lambda: our_step(own, anchor), kept_images, "kept ", first)
 
     student, _, _, optimizer, _ = models(fast)
-    x, label = torch.randn(a.batch, *shape, device=device), torch.eye(K, device=device)[torch.arange(a.batch, device=device) % K]
+    x, label = (torch.randn(a.batch, *shape, device=device),
+                torch.eye(K, device=device)[torch.arange(a.batch, device=device) % K])
 
     def teach():
         loss = fake_score_loss(student, x, label, torch.rand(a.batch, 1, 1, 1, device=device) + 0.1).mean()

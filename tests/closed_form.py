@@ -1,5 +1,5 @@
-"""Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra; and a small network for them.
-The tests hold the method against it, and the first notebook draws it."""
+"""Ground truth that this project did not make up: labelled Gaussians, whose denoisers are a line of algebra; and a
+small network for them. The tests hold the method against it, and the first notebook draws it."""
 import math
 import types
 
@@ -10,8 +10,9 @@ SD = 1.5  # standard deviation of the points of `ring`, for EDM's preconditionin
 
 
 class Gaussians:
-    """p(x | k) = N(means[k], covs[k]) in D dimensions, all labels equally likely. Called like every denoiser of the project:
-    D(x, sigma, label) = E[x_0 | x_0 + sigma eps = x], under a one-hot label or, where the label is zero, under the whole mixture."""
+    """p(x | k) = N(means[k], covs[k]) in D dimensions, all labels equally likely. Called like every denoiser of the
+    project: D(x, sigma, label) = E[x_0 | x_0 + sigma eps = x], under a one-hot label or, where the label is zero, under
+    the whole mixture."""
 
     def __init__(self, means, covs):
         self.means, self.covs = means, covs
@@ -42,12 +43,14 @@ def ring(labels=5, radius=2.0, dtype=torch.float64):
     angle = torch.arange(labels, dtype=dtype) * 2 * math.pi / labels
     means = radius * torch.stack([angle.cos(), angle.sin()], 1)
     turn = torch.stack([torch.stack([angle.cos(), -angle.sin()], 1), torch.stack([angle.sin(), angle.cos()], 1)], 1)
-    widths = torch.stack([0.3 + 0.1 * torch.arange(labels, dtype=dtype) / labels, torch.full((labels,), 0.2, dtype=dtype)], 1)
+    widths = torch.stack([0.3 + 0.1 * torch.arange(labels, dtype=dtype) / labels,
+                          torch.full((labels,), 0.2, dtype=dtype)], 1)
     return Gaussians(means, turn @ torch.diag_embed(widths ** 2) @ turn.mT)
 
 
 class Guided(nn.Module):
-    """E_0 + g (E_label - E_0) of the posterior means of D at noise levels below `below`, E_label above; g is its only weight."""
+    """E_0 + g (E_label - E_0) of the posterior means of D at noise levels below `below`, E_label above;
+    g is its only weight."""
     settings = types.SimpleNamespace(sigma_data=SD)
 
     def __init__(self, D, g, below=math.inf):
@@ -74,14 +77,16 @@ class MLP(nn.Module):
 
 
 def fit(mlp, truth, steps=1500):
-    """Train `mlp` to be the closed-form denoiser: what generator and fake score start from, as from a teacher's weights."""
+    """Train `mlp` to be the closed-form denoiser:
+    what generator and fake score start from, as from a teacher's weights."""
     optimizer = torch.optim.Adam(mlp.parameters(), 2e-3, fused=True)
     for step in range(steps):
         k = torch.randint(5, (512,))
         sigma = (torch.randn(512, 1) * 1.6).exp()
         x = truth.sample(k)
         x_t, label = x + sigma * torch.randn_like(x), torch.eye(5)[k]
-        loss = ((sigma ** 2 + SD ** 2) / (sigma * SD) ** 2 * (mlp(x_t, sigma, label) - truth(x_t, sigma, label)) ** 2).mean()
+        loss = ((sigma ** 2 + SD ** 2) / (sigma * SD) ** 2
+                * (mlp(x_t, sigma, label) - truth(x_t, sigma, label)) ** 2).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * (1 - step / steps))

@@ -1,11 +1,11 @@
-"""The sweep behind the default settings: short runs that differ from the first row in what the row names, each of 8,320 images.
+"""The sweep behind the default settings: runs of 8,320 images that differ from the first row in what the row names.
 
     python tests/sweep.py > results/sweep.csv                    # one to four minutes a row on two cores
-    python tests/sweep.py --rows "--ema 0.98" "--alpha 1.2" --teacher teachers/other.pt      # rows of your own, with options for all of them
+    python tests/sweep.py --rows "--ema 0.98" "--alpha 1.2" --teacher teachers/other.pt    # your own, and for all
 
-The first row is the paper's method, without what the default adds to it. Each row is judged on 500 images per label: fit for comparing
-rows, not for quoting, because FD is larger than of more images, and a fifth of a run is not yet where the run leads. `steps_to_99` is the
-first probe, of 100 images, with a UA of 99 %.
+The first row is the paper's method, without what the default adds to it. Each row is judged on 500 images per label:
+fit for comparing rows, not for quoting, because FD is larger than of more images, and a fifth of a run is not yet where
+the run leads. `steps_to_99` is the first probe, of 100 images, with a UA of 99 %.
 """
 import argparse
 import csv
@@ -20,8 +20,9 @@ from baselines import PAPER  # noqa: E402
 from common import parse, pick_device  # noqa: E402
 
 IMAGES = 8320
-ROWS = ["", "--lr 3e-4 --lr-fake 1e-3", "--lr 1e-3 --lr-fake 3e-3", "--lr 1e-3", "--lr-fake 5e-4", "--batch 32", "--ema 0.8", "--p-mean -1.2",
-        "--alpha 1.2", "--lambda-forget 0.3", "--lambda-forget 3", "--forget-share 0.3", "--sigma-init 5"]
+ROWS = ["", "--lr 3e-4 --lr-fake 1e-3", "--lr 1e-3 --lr-fake 3e-3", "--lr 1e-3", "--lr-fake 5e-4", "--batch 32",
+        "--ema 0.8", "--p-mean -1.2", "--alpha 1.2", "--lambda-forget 0.3", "--lambda-forget 3", "--forget-share 0.3",
+        "--sigma-init 5"]
 
 
 def main():
@@ -49,8 +50,10 @@ def one_run(row, shared):
         referee = evaluate.Referee(s.data, device, [0], [1])
         probe = lambda G: referee.probe(evaluate.one_step(G, s.sigma_init), G.settings)
         run, G, _ = sfd_minimal.distil(s, [0], [1], teacher, device, probe)
-    stats, confusion2 = referee.measure(evaluate.one_step(G, s.sigma_init), teacher.settings, [500] * teacher.settings.num_classes)
-    return {"options": " ".join(options), "steps": s.steps, "steps_to_99": next((h["step"] for h in run.history if h["ua"] >= 0.99), ""),
+    stats, confusion2 = referee.measure(evaluate.one_step(G, s.sigma_init), teacher.settings,
+                                        [500] * teacher.settings.num_classes)
+    return {"options": " ".join(options), "steps": s.steps,
+            "steps_to_99": next((h["step"] for h in run.history if h["ua"] >= 0.99), ""),
             **{k: round(v, 4) if isinstance(v, float) else v for k, v in referee.report(stats, confusion2).items()}}
 
 

@@ -16,12 +16,14 @@ CPU = torch.device("cpu")
 def accused(folder, network, content):
     """A run's folder whose network is said to have forgotten label 0."""
     keep = {k: v for k, v in content.items() if k not in ("net", "weights", "fake", "kind")}
-    save_atomically({"kind": "denoiser", **pack(network, half=True), **keep, "forget": [0], "to": [1]}, folder / "generator.pt")
+    save_atomically({"kind": "denoiser", **pack(network, half=True), **keep, "forget": [0], "to": [1]},
+                    folder / "generator.pt")
 
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory, mnist_dir):
-    """The one-step generator that has forgotten nothing, the one that has, the teacher, and one whose label 0 was overwritten; all accused."""
+    """The one-step generator that has forgotten nothing, the one that has, the teacher,
+    and one whose label 0 was overwritten; all accused."""
     folder = tmp_path_factory.mktemp("accused")
     accused(folder / "guilty", *load_checkpoint(ROOT / "teachers" / "mnist_sid.pt"))
     accused(folder / "forgetful", *load_checkpoint(ROOT / "teachers" / "mnist_forget0_to1.pt"))
@@ -34,12 +36,15 @@ def audited(tmp_path_factory, mnist_dir):
 
 
 def test_guilty_is_caught(audited):
-    """Both draw it when asked. The generator has half lost the other noise levels, and has them back in the three steps that a quick look takes."""
+    """Both draw it when asked. The generator has half lost the other noise levels,
+    and has them back in the three steps that a quick look takes."""
     r, teacher = audited[1]["guilty"], audited[1]["unchanged"]
-    assert r["other seeds"]["share"] > 0.9 and r["latent search"]["share"] > 0.5 and r["latent search"]["restarts_needed"] == 1
+    assert (r["other seeds"]["share"] > 0.9
+            and r["latent search"]["share"] > 0.5 and r["latent search"]["restarts_needed"] == 1)
     assert r["other noise levels"]["share"] > audited[1]["forgetful"]["other noise levels"]["share"]
     assert r["relearning"]["own"]["steps"] in (0, 3) and r["relearning"]["own"]["share"] >= 0.5
-    assert teacher["other seeds"]["share"] > 0.9 and teacher["other noise levels"]["share"] > 0.9 and teacher["relearning"]["own"]["steps"] == 0
+    assert (teacher["other seeds"]["share"] > 0.9 and teacher["other noise levels"]["share"] > 0.9
+            and teacher["relearning"]["own"]["steps"] == 0)
 
 
 def test_forgetful_does_not_draw_it(audited):
@@ -67,7 +72,8 @@ def test_an_audit_is_remembered_for_these_judges_alone(audited, mnist_dir, tmp_p
         audit.audit_one(tmp_path, CPU, mnist_dir)
     assert len(asked) == 1
     find = evaluate.find_weights
-    monkeypatch.setattr(evaluate, "find_weights", lambda data, what: find(data, {"judge": "judge", "judge2": "judge"}[what]))
+    monkeypatch.setattr(evaluate, "find_weights",
+                        lambda data, what: find(data, {"judge": "judge", "judge2": "judge"}[what]))
     audit.audit_one(tmp_path, CPU, mnist_dir)
     assert len(asked) == 2
     audit.audit_one(tmp_path, CPU, mnist_dir, fast=True)
@@ -80,7 +86,8 @@ def test_report_is_complete(audited):
     assert set(saved["networks"]) == {"guilty", "forgetful", "unchanged", "overwritten"} and saved["machine"]["torch"]
     for r in saved["networks"].values():
         assert set(audit.ATTEMPTS) <= set(r) and all(0 <= r[a]["share"] <= 1 and r[a]["n"] > 0 for a in audit.ATTEMPTS)
-        assert set(r["relearning"]) >= {"own", "kept", "10", "100"} and {"error_forgotten", "error_kept", "error_foreign"} <= set(r["inversion"])
+        assert (set(r["relearning"]) >= {"own", "kept", "10", "100"}
+                and {"error_forgotten", "error_kept", "error_foreign"} <= set(r["inversion"]))
     assert (folder / "audit.png").exists() and audit.table(results).count("\n") == 5
     assert len(audit.in_words("sfd", results["guilty"]).split("\n")) == 3
 
@@ -102,7 +109,9 @@ def test_searches_go_through_the_generator_itself():
 
 def test_command_refuses_what_has_forgotten_nothing(mnist_dir, tmp_path):
     teacher, content = load_checkpoint(ROOT / "teachers" / "mnist.pt")
-    save_atomically({"kind": "denoiser", **pack(teacher), "data": "mnist", "classes": content["classes"]}, tmp_path / "generator.pt")
+    save_atomically({"kind": "denoiser", **pack(teacher), "data": "mnist", "classes": content["classes"]},
+                    tmp_path / "generator.pt")
     for where, says in ((tmp_path, "forgotten 0 labels"), (tmp_path / "nowhere", "no generator.pt")):
-        done = subprocess.run([*program("evaluate.py"), where, "--audit", "--data-dir", mnist_dir], capture_output=True, text=True)
+        done = subprocess.run([*program("evaluate.py"), where, "--audit", "--data-dir", mnist_dir],
+                              capture_output=True, text=True)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

@@ -49,20 +49,24 @@ del sys.argv[0]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")
 """)
-    out = run(sys.executable, script, ROOT / "sfd_minimal.py", "--forget", 0, "--to", 1, "--steps", 3, "--batch", 8, "--per-label", 4, cwd=folder)
+    out = run(sys.executable, script, ROOT / "sfd_minimal.py", "--forget", 0, "--to", 1,
+              "--steps", 3, "--batch", 8, "--per-label", 4, cwd=folder)
     return folder / "runs" / "mnist-forget0-to1", out
 
 
 def test_main_command_writes_what_it_promises(finished):
     folder, out = finished
-    assert {p.name for p in folder.iterdir()} == {"generator.pt", "both.pt", "checkpoint.pt", "samples.png", "curves.png", "log.csv", "metrics.json"}
+    assert {p.name for p in folder.iterdir()} == {"generator.pt", "both.pt", "checkpoint.pt", "samples.png",
+                                                  "curves.png", "log.csv", "metrics.json"}
     assert "teacher" in out and "this generator" in out and "kept accuracy" in out and "judged as its label, %" in out
     m = json.loads((folder / "metrics.json").read_text())
-    for key in ("ua", "override_share", "kept_accuracy", "fd", "fd_floor", "fd_override", "precision", "recall", "nfe", "images_per_second", "seconds", "n"):
+    for key in ("ua", "override_share", "kept_accuracy", "fd", "fd_floor", "fd_override", "precision", "recall",
+                "nfe", "images_per_second", "seconds", "n"):
         assert key in m and key in m["teacher"], key
     assert m["seconds_judging"] > 0 and m["judge"]["data"] == "mnist" and m["judge"]["accuracy"] == 0.9963
     assert m["nfe"] == 1 and m["teacher"]["nfe"] == 35 and m["n"] == 9 * 4 + 5 * 4
-    assert len(m["per_class_accuracy"]) == 10 and m["settings"]["steps"] == 3 and m["machine"]["torch"] and m["seconds"] > 0
+    assert (len(m["per_class_accuracy"]) == 10 and m["settings"]["steps"] == 3
+            and m["machine"]["torch"] and m["seconds"] > 0)
     with open(folder / "log.csv", newline="") as f:
         assert [row["step"] for row in csv.DictReader(f)] == ["3"]
 
@@ -76,7 +80,8 @@ def test_generator_file_holds_the_generator_alone(finished):
 def test_evaluate_alone_gives_the_same_numbers(finished):
     folder, _ = finished
     before = json.loads((folder / "metrics.json").read_text())
-    out = run(*program("evaluate.py"), folder.relative_to(folder.parent.parent), "--per-label", 4, cwd=folder.parent.parent)
+    out = run(*program("evaluate.py"), folder.relative_to(folder.parent.parent), "--per-label", 4,
+              cwd=folder.parent.parent)
     after = json.loads((folder / "metrics.json").read_text())
     assert "this generator" in out
     for key in ("ua", "kept_accuracy", "fd", "fd_override", "precision", "recall", "per_class_accuracy"):
@@ -86,11 +91,13 @@ def test_evaluate_alone_gives_the_same_numbers(finished):
 def test_samples_in_every_form(finished):
     folder, _ = finished
     cwd = folder.parent.parent
-    common = (*program("sfd_minimal.py"), "--sample", folder / "generator.pt", "--label", 3, 5, "--n", 6, "--seed", 7, "--out")
+    common = (*program("sfd_minimal.py"), "--sample", folder / "generator.pt", "--label", 3, 5,
+              "--n", 6, "--seed", 7, "--out")
     run(*common, "some images.npz", cwd=cwd)
     with np.load(cwd / "some images.npz") as file:
         data = dict(file)
-    assert data["images"].shape == (6, 28, 28, 1) and data["images"].dtype == np.uint8 and data["labels"].tolist() == [3, 3, 3, 5, 5, 5]
+    assert (data["images"].shape == (6, 28, 28, 1) and data["images"].dtype == np.uint8
+            and data["labels"].tolist() == [3, 3, 3, 5, 5, 5])
     run(*common, "grid.png", cwd=cwd)
     assert pixels(cwd / "grid.png").size == 6 * 28 * 28
     run(*common, "folder", cwd=cwd)
@@ -102,8 +109,8 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path):
     base = (*program("sfd_minimal.py"), "--steps", 2, "--batch", 8, "--per-label", 2, "--teacher", tiny)
     run(*base, "--forget", "none", cwd=tmp_path)
     assert (tmp_path / "runs" / "mnist-sid" / "metrics.json").exists()
-    run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", "--forget-share", 0.5, "--lambda-anchor", 3,
-        "--guidance", 1.3, cwd=tmp_path)
+    run(*base, "--forget", 0, 1, "--to", 2, 3, "--init-from", "runs/mnist-sid/both.pt", "--forget-share", 0.5,
+        "--lambda-anchor", 3, "--guidance", 1.3, cwd=tmp_path)
     m = json.loads((tmp_path / "runs" / "mnist-forget0-1-to2-3" / "metrics.json").read_text())
     assert m["forget"] == [0, 1] and m["to"] == [2, 3] and m["settings"]["forget_share"] == 0.5
     run(*base, "--forget", 4, "--fold", cwd=tmp_path)
@@ -121,17 +128,21 @@ def test_teacher_and_judges_are_trained(mnist_dir, tmp_path):
 
 
 def test_a_data_set_of_ones_own(tmp_path, monkeypatch, capsys):
-    """A folder of class folders, under the recipe of CIFAR-10 with a sixth of its channels: teacher, then SFD without a judge, then the judges, then the verdict."""
+    """A folder of class folders, under the recipe of CIFAR-10 with a sixth of its channels:
+    teacher, then SFD without a judge, then the judges, then the verdict."""
     recipe = train_teacher.TEACHERS["cifar10"]
-    assert train_teacher.TEACHERS["images"] is recipe and train_teacher.JUDGES["images"] is train_teacher.JUDGES["cifar10"]
-    monkeypatch.setitem(train_teacher.TEACHERS, "images", recipe | {"net": dataclasses.replace(recipe["net"], model_channels=16)})
+    assert (train_teacher.TEACHERS["images"] is recipe
+            and train_teacher.JUDGES["images"] is train_teacher.JUDGES["cifar10"])
+    monkeypatch.setitem(train_teacher.TEACHERS, "images",
+                        recipe | {"net": dataclasses.replace(recipe["net"], model_channels=16)})
     monkeypatch.chdir(tmp_path)
     for k, label in enumerate("ab"):
         (tmp_path / "my images" / label).mkdir(parents=True)
         for i in range(20):
             Image.new("RGB", (16, 16), (200 * k, 10 * i, 90)).save(tmp_path / "my images" / label / f"{i}.png")
     train_teacher.main(["--data", "my images", "--steps", "2", "--batch", "4"])
-    sfd_minimal.main(["--data", "my images", "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4", "--per-label", "8"])
+    sfd_minimal.main(["--data", "my images", "--forget", "0", "--to", "1",
+                      "--steps", "2", "--batch", "4", "--per-label", "8"])
     assert "no judge" in capsys.readouterr().out
     train_teacher.main(["--data", "my images", "--judge", "--steps", "2", "--batch", "4"])
     evaluate.main(["runs/my images-forget0-to1", "--per-label", "8"])

@@ -21,7 +21,8 @@ def test_an_epoch_has_each_image_once_and_the_next_one_its_mirror_image():
         seen.append(x[c.argsort()])
     plain = to_float(images)
     for a, b, image in zip(*seen, plain):
-        assert {tuple(a.flatten().tolist()), tuple(b.flatten().tolist())} == {tuple(image.flatten().tolist()), tuple(image.flip(2).flatten().tolist())}
+        assert ({tuple(a.flatten().tolist()), tuple(b.flatten().tolist())}
+                == {tuple(image.flatten().tolist()), tuple(image.flip(2).flatten().tolist())})
     x, c = epoch_batch(images, labels, 4, 3, flip=False)
     assert torch.equal(x, plain[c]) and torch.equal(epoch_batch(images, labels, 4, 3, flip=False)[1], c)
 
@@ -32,7 +33,8 @@ def test_photographs_are_shifted_partly_hidden_and_grow_sharper():
     padded, hidden = F.pad(x, (2, 2, 2, 2), mode="reflect"), []
     for image, around in zip(shift_and_hide(x, 0.99), padded):
         grey = (image == 0).all(0)
-        assert any(torch.equal(image, around[:, i:i + 32, j:j + 32].masked_fill(grey, 0.0)) for i in range(5) for j in range(5))
+        assert any(torch.equal(image, around[:, i:i + 32, j:j + 32].masked_fill(grey, 0.0))
+                   for i in range(5) for j in range(5))
         rows, columns = grey.any(1).sum().item(), grey.any(0).sum().item()
         assert grey.sum() == rows * columns and 5 <= rows <= 9 and 5 <= columns <= 9  # a square, smaller at the border
         hidden.append(rows * columns)

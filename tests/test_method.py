@@ -1,4 +1,5 @@
-"""The lines that make SFD, against independent computations; and against themselves with a line broken, which must be noticed."""
+"""The lines that make SFD, against independent computations;
+and against themselves with a line broken, which must be noticed."""
 import copy
 import types
 from pathlib import Path
@@ -20,7 +21,8 @@ class Linear(torch.nn.Module):
     def __init__(self, seed):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
-        self.A, self.B, self.s = (torch.nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64) * 0.3) for shape in ((2, 2), (5, 2), (2,)))
+        self.A, self.B, self.s = (torch.nn.Parameter(torch.randn(*shape, generator=g, dtype=torch.float64) * 0.3)
+                                  for shape in ((2, 2), (5, 2), (2,)))
         self.labels = []
 
     def forward(self, x, sigma, label):
@@ -29,13 +31,14 @@ class Linear(torch.nn.Module):
 
 
 def independent_S(teacher, fake, x_g, c_phi, c_psi, sigma, eps, alpha, omega=None):
-    """The formula of the paper, term by term, for one sample at a time and with the algebra of the design: S omega = (D_phi - D_psi).
-    (D_psi - x_g) + (1 - alpha) ||D_phi - D_psi||^2."""
+    """The formula of the paper, term by term, for one sample at a time and with the algebra of the design:
+    S omega = (D_phi - D_psi). (D_psi - x_g) + (1 - alpha) ||D_phi - D_psi||^2."""
     out, omegas = [], []
     for i in range(len(x_g)):
         x_t = x_g[i:i + 1] + sigma[i] * eps[i:i + 1]
         phi, psi = teacher(x_t, sigma[i:i + 1], c_phi[i:i + 1])[0], fake(x_t, sigma[i:i + 1], c_psi[i:i + 1])[0]
-        w = max(sum(abs((phi - x_g[i]).tolist()[j]) for j in range(len(phi))) / len(phi), 1e-5) if omega is None else omega[i]
+        w = (max(sum(abs((phi - x_g[i]).tolist()[j]) for j in range(len(phi))) / len(phi), 1e-5) if omega is None
+             else omega[i])
         omegas.append(w)
         d = phi - psi
         out.append((torch.dot(d, psi - x_g[i]) + (1 - alpha) * torch.dot(d, d)) / w)
@@ -53,7 +56,8 @@ def case(B=6):
 
 
 def check_value_and_gradient(sfd):
-    """S and dS/dx_g against finite differences of the independent formula, omega held fixed: that is what 'detached' means."""
+    """S and dS/dx_g against finite differences of the independent formula, omega held fixed:
+    that is what 'detached' means."""
     x_g, c_phi, c_psi, sigma, eps = case()
     fake = Linear(1)
     for alpha in (1.0, 1.2, 0.5):
@@ -67,7 +71,8 @@ def check_value_and_gradient(sfd):
         for j in range(2):
             step = torch.zeros_like(x_g)
             step[:, j] = h
-            up, down = (independent_S(TRUTH, fake, x_g + d, c_phi, c_psi, sigma, eps, alpha, omega)[0] for d in (step, -step))
+            up, down = (independent_S(TRUTH, fake, x_g + d, c_phi, c_psi, sigma, eps, alpha, omega)[0]
+                        for d in (step, -step))
             assert torch.allclose(gradient[:, j], (up - down) / (2 * h), rtol=1e-5, atol=1e-7), "gradient of S in x_g"
 
 
@@ -78,7 +83,8 @@ def check_fake_loss(sfd):
     torch.manual_seed(11)
     got = sfd.fake_score_loss(fake, x_g, c, sigma, sd)
     D = fake(x_g + sigma * eps, sigma, c)
-    want = torch.stack([(sigma[i, 0] ** 2 + sd ** 2) / (sigma[i, 0] * sd) ** 2 * ((D[i] - x_g[i]) ** 2).sum() for i in range(len(x_g))])
+    want = torch.stack([(sigma[i, 0] ** 2 + sd ** 2) / (sigma[i, 0] * sd) ** 2 * ((D[i] - x_g[i]) ** 2).sum()
+                        for i in range(len(x_g))])
     assert torch.allclose(got, want, rtol=1e-12), "value of L_psi"
 
     torch.manual_seed(0)
@@ -90,8 +96,10 @@ def check_fake_loss(sfd):
         return sfd.fake_score_loss(D, x, label, sigma).mean().item()
 
     best = loss(TRUTH)
-    for name, worse in {"shifted": lambda *a: TRUTH(*a) + 0.05, "scaled": lambda *a: 1.03 * TRUTH(*a), "unlabelled": lambda x, s, c: TRUTH(x, s, 0 * c),
-                        "rolled labels": lambda x, s, c: TRUTH(x, s, c.roll(1, 1)), "wrong sigma": lambda x, s, c: TRUTH(x, 1.2 * s, c)}.items():
+    for name, worse in {"shifted": lambda *a: TRUTH(*a) + 0.05, "scaled": lambda *a: 1.03 * TRUTH(*a),
+                        "unlabelled": lambda x, s, c: TRUTH(x, s, 0 * c),
+                        "rolled labels": lambda x, s, c: TRUTH(x, s, c.roll(1, 1)),
+                        "wrong sigma": lambda x, s, c: TRUTH(x, 1.2 * s, c)}.items():
         assert loss(worse) > best, f"{name} denoiser beats the true one"
 
 
@@ -110,7 +118,8 @@ def one_step(sfd, lambda_forget=0.7, anchor=None):
 
 
 def check_labels(sfd):
-    """Who is asked about what: the teacher about c_o, fake and generator about c_f, everyone about c where c is kept."""
+    """Who is asked about what: the teacher about c_o, fake and generator about c_f,
+    everyone about c where c is kept."""
     r = one_step(sfd)
     asked, told = r.c_psi.argmax(1), r.c_phi.argmax(1)
     assert torch.equal(told[asked == 0], torch.full_like(told[asked == 0], 3)) and (asked == 0).any()
@@ -121,13 +130,15 @@ def check_labels(sfd):
 
 
 def check_share(sfd):
-    """With a share, the forgotten labels together are drawn that often, and all kept ones alike; without, every label alike."""
+    """With a share, the forgotten labels together are drawn that often, and all kept ones alike;
+    without, every label alike."""
     torch.manual_seed(6)
     override, kept, n = torch.tensor([3, 1, -1, 3, 4]), torch.tensor([1, 3, 4]), 30_000
     for share, expected in ((0.4, [0.2, 0.2, 0.2, 0.2, 0.2]), (0.1, [0.05, 0.3, 0.05, 0.3, 0.3]), (None, [0.2] * 5)):
         c_phi, c_psi, forgotten = sfd.draw_labels(n, override, kept, share)
         assert torch.allclose(c_psi.mean(0), torch.tensor(expected), atol=0.015)  # more than six standard deviations
-        assert torch.equal(forgotten, c_psi[:, [0, 2]].any(1)) and not c_phi[:, [0, 2]].any(), "a teacher was asked about a forgotten label"
+        assert torch.equal(forgotten, c_psi[:, [0, 2]].any(1)) and not c_phi[:, [0, 2]].any(), (
+            "a teacher was asked about a forgotten label")
 
 
 def check_stop_gradients(sfd):
@@ -137,7 +148,8 @@ def check_stop_gradients(sfd):
         assert torch.equal(value, r.before[2][name]), "the teacher moved"
     assert all(p.grad is None for p in r.teacher.parameters()), "gradient reached the teacher"
 
-    torch.manual_seed(5)  # the psi step alone, redone by hand: what the step left in fake.grad must be its gradient and nothing else
+    # the psi step alone, redone by hand: what the step left in fake.grad must be its gradient and nothing else
+    torch.manual_seed(5)
     c_phi, c_psi, _ = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]))
     z = torch.randn(32, 2, dtype=torch.float64)
     generator, fake = Linear(1), Linear(2)
@@ -165,20 +177,24 @@ def check_stop_gradients(sfd):
 
 
 def check_anchor(sfd):
-    """What an anchor adds: lambda_anchor ||x_g - x_0||^2 under the labels to keep, to theta's gradient alone; it gets none itself."""
+    """What an anchor adds: lambda_anchor ||x_g - x_0||^2 under the labels to keep, to theta's gradient alone;
+    it gets none itself."""
     anchor = Linear(4)
     r, plain = one_step(sfd, anchor=anchor), one_step(sfd)
     generator = Linear(1)
     x_g, x_0 = (D(2.5 * r.z, 2.5, r.c_psi) for D in (generator, Linear(4)))
     L = 0.3 * ((x_g - x_0.detach())[~r.forgotten] ** 2).sum() / 32
-    for p, q, g in zip(r.generator.parameters(), plain.generator.parameters(), torch.autograd.grad(L, list(generator.parameters()))):
+    for p, q, g in zip(r.generator.parameters(), plain.generator.parameters(),
+                       torch.autograd.grad(L, list(generator.parameters()))):
         assert torch.allclose(p.grad - q.grad, g, rtol=1e-9), "the anchor's part of theta's gradient"
-    assert all(torch.equal(p.grad, q.grad) for p, q in zip(r.fake.parameters(), plain.fake.parameters())), "an anchor changed the psi step"
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(r.fake.parameters(), plain.fake.parameters())), (
+        "an anchor changed the psi step")
     assert all(p.grad is None for p in anchor.parameters()), "gradient reached the anchor"
 
 
 def check_guided(sfd):
-    """D_phi(c_f) + g (D_phi(c_o) - D_phi(c_f)) in the rows to forget, the teacher's own answer in the others, and its gradient; no row to forget is fine."""
+    """D_phi(c_f) + g (D_phi(c_o) - D_phi(c_f)) in the rows to forget, the teacher's own answer in the others,
+    and its gradient; no row to forget is fine."""
     x_t, sigma = torch.randn(6, 2, dtype=torch.float64, requires_grad=True), torch.rand(6, 1)
     c_phi, c_psi = torch.eye(5)[[3, 1, 3, 0, 2, 4]], torch.eye(5)[[1, 1, 2, 0, 2, 1]]
     for forgotten in (torch.tensor([True, False, True, False, False, True]), torch.zeros(6, dtype=torch.bool)):
@@ -194,11 +210,13 @@ def check_guided(sfd):
 def check_omega_floor(sfd):
     """Where the teacher returns x_g itself, omega is its floor, 1e-5."""
     x_g = torch.ones(2, 3, 4, 4, dtype=torch.float64)
-    S = sfd.score_identity_loss(lambda *_: x_g, lambda *_: x_g - 0.5, x_g, None, None, torch.ones(2, 1, 1, 1), alpha=1.2)
+    S = sfd.score_identity_loss(lambda *_: x_g, lambda *_: x_g - 0.5, x_g, None, None,
+                                torch.ones(2, 1, 1, 1), alpha=1.2)
     assert torch.allclose(S, torch.full((2,), -1.2 * 0.25 * 48 / 1e-5, dtype=torch.float64))
 
 
-CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor, check_guided, check_omega_floor]
+CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor,
+          check_guided, check_omega_floor]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -217,14 +235,17 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "psi fed the override label": ("x_g, c_phi, c_psi, sigma, s.alpha)", "x_g, c_phi, c_phi, sigma, s.alpha)"),
     "psi trained on the override label": ("x_g.detach(), c_psi, sigma", "x_g.detach(), c_phi, sigma"),
     "x_g not detached in the psi step": ("fake_score_loss(fake, x_g.detach(),", "fake_score_loss(fake, x_g,"),
-    "gradient left in psi and phi": ("gradient = torch.autograd.grad(L_theta, theta)", "L_theta.backward(); gradient = [p.grad for p in theta]"),
+    "gradient left in psi and phi": ("gradient = torch.autograd.grad(L_theta, theta)",
+                                     "L_theta.backward(); gradient = [p.grad for p in theta]"),
     "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
     "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
     "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / B", ".sum(1) * forgotten).sum() / B"),
     "anchor without its weight": ("L_theta + s.lambda_anchor *", "L_theta +"),
     "anchor at another noise level": ("x_0 = anchor(s.sigma_init * z,", "x_0 = anchor(z,"),
-    "guidance of the kept labels": ("index_put((forgotten,), D_f + guidance * (D_phi[forgotten]", "index_put((~forgotten,), D_f + guidance * (D_phi[~forgotten]"),
-    "guidance towards the forgotten label": ("D_f + guidance * (D_phi[forgotten] - D_f)", "D_phi[forgotten] + guidance * (D_f - D_phi[forgotten])"),
+    "guidance of the kept labels": ("index_put((forgotten,), D_f + guidance * (D_phi[forgotten]",
+                                    "index_put((~forgotten,), D_f + guidance * (D_phi[~forgotten]"),
+    "guidance towards the forgotten label": ("D_f + guidance * (D_phi[forgotten] - D_f)",
+                                             "D_phi[forgotten] + guidance * (D_f - D_phi[forgotten])"),
     "guidance counted twice": ("D_f + guidance *", "D_phi[forgotten] + guidance *"),
     "guidance from the override itself": ("and_rows(c_phi, c_psi)", "and_rows(c_phi, c_phi)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),

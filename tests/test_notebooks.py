@@ -34,9 +34,11 @@ def test_is_fit_to_be_read(path):
     assert [c.execution_count for c in code] == list(range(1, len(code) + 1)), "not run from top to bottom"
     assert not [o for c in code for o in c.outputs if o.output_type == "error"]
     solutions = [c for c in code if "solution" in c.metadata.get("tags", [])]
-    assert len(solutions) == 3 and all(c.metadata["jupyter"]["source_hidden"] and c.metadata["cellView"] == "form" for c in solutions)
+    assert len(solutions) == 3 and all(c.metadata["jupyter"]["source_hidden"] and c.metadata["cellView"] == "form"
+                                       for c in solutions)
     tolerance = notebook.metadata["tolerance"]
-    assert f"within {tolerance['atol']:g} + {100 * tolerance['rtol']:g} %" in notebook.cells[0].source.replace("\n", " ")
+    assert (f"within {tolerance['atol']:g} + {100 * tolerance['rtol']:g} %"
+            in notebook.cells[0].source.replace("\n", " "))
 
 
 def test_a_changed_number_or_word_is_noticed():
@@ -44,7 +46,8 @@ def test_a_changed_number_or_word_is_noticed():
     assert not refresh.differences(committed, committed)
     for old, new in ((r"\d\.\d\d", "9.99"), (r"label", "lable")):
         changed = copy.deepcopy(committed)
-        stream = next(o for c in changed.cells if c.cell_type == "code" for o in c.outputs if o.output_type == "stream" and "label" in o.text)
+        stream = next(o for c in changed.cells if c.cell_type == "code"
+                      for o in c.outputs if o.output_type == "stream" and "label" in o.text)
         stream.text = refresh.re.sub(old, new, stream.text, count=1)
         assert refresh.differences(committed, changed)
     changed = copy.deepcopy(committed)

@@ -30,12 +30,14 @@ def test_reads_the_published_format(tmp_path):
     with torch.no_grad():
         assert (again(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
     assert again.settings == model.settings and info["data"] == "cifar10"
-    assert model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,) and model.settings.channel_mult == (1, 2, 2)
+    assert (model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,)
+            and model.settings.channel_mult == (1, 2, 2))
 
 
 def test_a_published_pickle_is_a_teacher(tmp_path):
     """The command of the README, on a file of that format with smaller images than the judges of CIFAR-10 know."""
-    done = subprocess.run([*program("sfd_minimal.py"), "--teacher", str(FILE), "--data", "cifar10", "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4"],
+    done = subprocess.run([*program("sfd_minimal.py"), "--teacher", str(FILE), "--data", "cifar10",
+                           "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "the judge knows 10 classes of 3x32x32 images; this run will not be judged" in done.stdout
@@ -69,11 +71,17 @@ HOSTILE = {
     "eval": (lambda: {"ema": Reduce(eval, "open('code-ran', 'w')")}, "eval"),
     "extra global beside the net": (lambda: {"ema": None, "extra": Reduce(open, "code-ran", "w")}, "open"),
     "unknown class": (lambda: {"ema": Unknown()}, "Unknown"),
-    "nested pickle in a storage": (lambda: {"ema": Reduce(torch.storage._load_from_bytes, pickle.dumps(touch(), protocol=2))}, "Weights only load failed"),
+    "nested pickle in a storage": (lambda: {"ema": Reduce(torch.storage._load_from_bytes,
+                                                          pickle.dumps(touch(), protocol=2))},
+                                   "Weights only load failed"),
     "numpy object array": (lambda: {"ema": np.array([Unknown()], dtype=object)}, "_reconstruct"),
-    "storage too small": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0, (1000, 1000), (1000, 1), False, collections.OrderedDict())}, "beyond its storage"),
-    "negative offset": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), -4, (2,), (1,), False, collections.OrderedDict())}, "beyond its storage"),
-    "tensor with hooks": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0, (2,), (1,), False, {1: 2})}, "hooks"),
+    "storage too small": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0,
+                                                 (1000, 1000), (1000, 1), False, collections.OrderedDict())},
+                          "beyond its storage"),
+    "negative offset": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), -4,
+                                               (2,), (1,), False, collections.OrderedDict())}, "beyond its storage"),
+    "tensor with hooks": (lambda: {"ema": Reduce(torch._utils._rebuild_tensor_v2, small.storage(), 0,
+                                                 (2,), (1,), False, {1: 2})}, "hooks"),
     "no net": (lambda: {"something": 1}, "KeyError"),
     "not a dict": (lambda: [1, 2], "TypeError"),
 }

@@ -17,7 +17,8 @@ from conftest import ROOT
 from edm_unet import read_file
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line.strip()]
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+            for line in block.splitlines() if line.strip()]
 COMMANDS += re.findall(r"`(python [^`]+)`", README.split("what remains to be run")[1])
 
 
@@ -28,7 +29,8 @@ def test_commands_are_real(line):
         assert words == ["-m", "pytest"]
         return
     assert (ROOT / words[0]).exists()
-    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings, "baselines.py": baselines.Settings}.get(words[0])
+    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings,
+                "baselines.py": baselines.Settings}.get(words[0])
     if settings:
         common.parse(settings, words[1:], "")
 
@@ -40,8 +42,10 @@ def test_the_two_commands():
 
 
 def test_options_named_are_options():
-    known = {f"--{f.name.replace('_', '-')}" for s in (sfd_minimal.Settings, train_teacher.Settings, baselines.Settings) for f in dataclasses.fields(s)}
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("fidelity --gpu 0 --fid --input1 images --input2 KEPT", "")):
+    known = {f"--{f.name.replace('_', '-')}"
+             for s in (sfd_minimal.Settings, train_teacher.Settings, baselines.Settings) for f in dataclasses.fields(s)}
+    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+",
+                             README.replace("fidelity --gpu 0 --fid --input1 images --input2 KEPT", "")):
         assert option in known | {"--help", "--seconds", "--audit", "--published", "--profile"}, option
 
 
@@ -75,37 +79,47 @@ def test_tables_of_methods_and_audit_are_made_from_the_results():
     audited = json.loads((ROOT / "results" / "mnist_audit.json").read_text())
     assert between("baselines") == baselines.table(compared) and between("audit") == audit.table(audited["networks"])
     assert list(compared["methods"]) == list(baselines.METHODS) + list(baselines.ONE_STEP)
-    assert set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"} and compared["machine"]["torch"] and audited["machine"]["torch"]
+    assert (set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"}
+            and compared["machine"]["torch"] and audited["machine"]["torch"])
     for sentence in audit.in_words("sfd", audited["networks"]["sfd"]).splitlines():
         assert sentence in " ".join(README.split()), sentence
 
 
 def test_methods_use_the_best_settings_of_their_sweep():
-    """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD, as the README says."""
+    """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD,
+    as the README says."""
     with open(ROOT / "results" / "mnist_baselines_sweep.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     results = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())["methods"]
     for name in {row["method"] for row in rows}:
-        best = max((row for row in rows if row["method"] == name), key=lambda row: (float(row["ua"]) + float(row["kept_accuracy"]), -float(row["fd"])))
+        best = max((row for row in rows if row["method"] == name),
+                   key=lambda row: (float(row["ua"]) + float(row["kept_accuracy"]), -float(row["fd"])))
         assert best["settings"] == baselines.METHODS[name].in_words(), name
-        assert results[name]["settings"]["lr"] == baselines.METHODS[name].lr and results[name]["settings"]["steps"] == baselines.METHODS[name].steps, name
+        assert (results[name]["settings"]["lr"] == baselines.METHODS[name].lr
+                and results[name]["settings"]["steps"] == baselines.METHODS[name].steps), name
 
 
 def test_headline_is_the_main_run():
     m = json.loads((ROOT / "results" / "mnist-forget0-to1.json").read_text())
     assert m["settings"]["forget"] == ["0"] and m["settings"]["to"] == ["1"] and not m["settings"]["init_from"]
     defaults = {f.name: f.default for f in dataclasses.fields(sfd_minimal.Settings)}
-    assert {k for k, v in m["settings"].items() if v != (list(defaults[k]) if isinstance(defaults[k], tuple) else defaults[k])} <= {"to", "out", "resume", "overwrite"}
+    assert ({k for k, v in m["settings"].items()
+             if v != (list(defaults[k]) if isinstance(defaults[k], tuple) else defaults[k])}
+            <= {"to", "out", "resume", "overwrite"})
     head = README.split("Run it")[0]
-    assert f"held-out images is {m['fd_floor']:.2f}, " in " ".join(head.split()) and m["machine"]["torch"].split("+")[0] in head
+    assert (f"held-out images is {m['fd_floor']:.2f}, " in " ".join(head.split())
+            and m["machine"]["torch"].split("+")[0] in head)
     assert f"| the teacher | 35 | | | {m['teacher']['kept_accuracy']:.2%} | {m['teacher']['fd']:.2f} | |\n" in head
-    start = f"from the one-step generator that comes with the project (made once, in {m['un_erased']['seconds']:,.0f} s)"
+    start = ("from the one-step generator that comes with the project "
+             f"(made once, in {m['un_erased']['seconds']:,.0f} s)")
     rows = {"**the command below**": "mnist-forget0-to1", start: "mnist-from-sid-forget0-to1",
             "in one stage, but for longer, at lower rates (seed 1)": "mnist-hour-forget0-to1_seed1"}
     for name, file in rows.items():
         m = json.loads((ROOT / "results" / f"{file}.json").read_text())
-        assert m["n_forgotten"] == 5000 and m["ua_judge2"] == 1 and m["settings"]["seed"] == (1 if "seed 1" in name else 0)
-        row = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}", f"{m['fd']:.2f}", f"{m['seconds']:.0f}"]
+        assert (m["n_forgotten"] == 5000 and m["ua_judge2"] == 1
+                and m["settings"]["seed"] == (1 if "seed 1" in name else 0))
+        row = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}",
+               f"{m['fd']:.2f}", f"{m['seconds']:.0f}"]
         assert f"| {name} | 1 | {' | '.join(row)} |\n" in head, name
 
 
@@ -131,8 +145,10 @@ def test_teachers_readme_says_what_was_measured(teacher):
 
 
 def test_teachers_readme_says_what_the_one_step_generator_draws():
-    text, measured = " ".join((ROOT / "teachers" / "README.md").read_text().split()), read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured")
-    first, second = (c.diag().sum().item() / c.sum().item() for c in (measured["stats"]["confusion"], measured["confusion2"]))
+    text, measured = (" ".join((ROOT / "teachers" / "README.md").read_text().split()),
+                      read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured"))
+    first, second = (c.diag().sum().item() / c.sum().item()
+                     for c in (measured["stats"]["confusion"], measured["confusion2"]))
     assert f"{100 * first:.2f} % judged as their label ({100 * second:.2f} % by the second judge)" in text
 
 

@@ -23,8 +23,8 @@ QUICK = ["--batch", "4", "--per-label", "2"]
 
 
 def sfd(tiny, out, *more, **kw):
-    return subprocess.run([*program("sfd_minimal.py"), "--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(out), *QUICK, *more],
-                          capture_output=True, text=True, **kw)
+    return subprocess.run([*program("sfd_minimal.py"), "--forget", "0", "--to", "1", "--teacher", str(tiny),
+                           "--out", str(out), *QUICK, *more], capture_output=True, text=True, **kw)
 
 
 def weights(out):
@@ -66,7 +66,7 @@ KILLER = textwrap.dedent("""
     argv, kills = sys.argv[2:], int(sys.argv[1])
     random.seed(0)
     for i in range(kills + 1):
-        pid = os.fork()  # a child with torch imported and no thread started yet: twenty lives in the time of two imports
+        pid = os.fork()  # torch imported and no thread started yet: twenty lives in the time of two imports
         if pid == 0:
             if os.path.exists(os.path.join(argv[argv.index("--out") + 1], "checkpoint.pt")):
                 argv.append("--resume")
@@ -112,7 +112,8 @@ def test_twenty_kills_change_no_bit(tiny, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed often"
     assert sfd(tiny, whole, *steps).returncode == 0
     arguments = ["--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(killed), *QUICK, *steps]
-    done = subprocess.run([sys.executable, "-c", KILLER, "20", *arguments], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, "-c", KILLER, "20", *arguments],
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("ended with 9") == 20 and "a save was under way" in done.stdout, done.stdout
     (step_a, parts_a), (step_b, parts_b) = weights(whole), weights(killed)
@@ -128,13 +129,15 @@ def test_same_seed_same_metrics(tiny, tmp_path):
         results.append(re.sub(r'"(seconds|seconds_judging|images_per_second|out)": [^,\n]*', "", text))
     assert results[0] == results[1]
     assert sfd(tiny, tmp_path / "c", "--steps", "3", "--seed", "1").returncode == 0
-    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["fd"] != json.loads((tmp_path / "a" / "metrics.json").read_text())["fd"]
+    assert (json.loads((tmp_path / "c" / "metrics.json").read_text())["fd"]
+            != json.loads((tmp_path / "a" / "metrics.json").read_text())["fd"])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     out = tmp_path / "run"
-    command = [*program("sfd_minimal.py"), "--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "100000", "--save-every", "0.1"]
+    command = [*program("sfd_minimal.py"), "--teacher", str(tiny), "--out", str(out), *QUICK,
+               "--steps", "100000", "--save-every", "0.1"]
     run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (out / "checkpoint.pt").exists():
@@ -152,12 +155,15 @@ def test_full_disk_keeps_the_last_checkpoint(tiny, tmp_path):
     assert sfd(tiny, out, "--steps", "2").returncode == 0
     before = weights(out)
     limit = (out / "checkpoint.pt").stat().st_size // 2
-    code = f"import resource, sys, common, sfd_minimal; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); common.command(sfd_minimal.main)"
+    code = ("import resource, sys, common, sfd_minimal; "
+            f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit})); common.command(sfd_minimal.main)")
     (out / "metrics.json").unlink()
     edm_unet.save_atomically(torch.load(out / "checkpoint.pt", weights_only=True) | {"step": 1}, out / "checkpoint.pt")
-    done = subprocess.run([sys.executable, "-c", code, "--forget", "0", "--to", "1", "--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "2", "--resume"],
+    done = subprocess.run([sys.executable, "-c", code, "--forget", "0", "--to", "1", "--teacher", str(tiny),
+                           "--out", str(out), *QUICK, "--steps", "2", "--resume"],
                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert done.returncode == 1 and "could not write" in done.stderr and "unharmed" in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert (done.returncode == 1 and "could not write" in done.stderr and "unharmed" in done.stderr
+            and "Traceback" not in done.stderr), done.stderr
     assert_same(weights(out)[1], before[1])
     assert not list(out.glob("*.partial"))
 
@@ -181,7 +187,8 @@ def test_resume_with_another_teacher_in_the_same_place_is_refused(tiny, tmp_path
     edm_unet.save_atomically(content | {"weights": {k: v + 1e-3 for k, v in content["weights"].items()}}, teacher)
     with pytest.raises(common.BadInput, match="the teacher is another one"):
         sfd_minimal.main(["--teacher", str(teacher), "--out", str(out), *base, "--resume"])
-    sfd_minimal.main(["--teacher", str(teacher), "--out", str(tmp_path / "from"), *base, "--init-from", str(out / "both.pt")])
+    sfd_minimal.main(["--teacher", str(teacher), "--out", str(tmp_path / "from"), *base,
+                      "--init-from", str(out / "both.pt")])
     assert "was distilled from another teacher" in capsys.readouterr().out
     saved = torch.load(out / "checkpoint.pt", weights_only=True)
     edm_unet.save_atomically(content, teacher)
@@ -210,7 +217,8 @@ def test_a_second_stage_resumes_with_the_anchor_that_it_began_with(tiny, tmp_pat
 
 
 def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch):
-    """And there is none where its weight is zero, or where nothing is forgotten. Only the start's is frozen, and kept for resuming."""
+    """And there is none where its weight is zero, or where nothing is forgotten.
+    Only the start's is frozen, and kept for resuming."""
     seen, step = [], sfd_minimal.sfd_step
     monkeypatch.setattr(sfd_minimal, "sfd_step", lambda *args: seen.append(args[-1]) or step(*args))
     teacher, out = edm_unet.load_checkpoint(tiny)[0].requires_grad_(False), str(tmp_path / "run")
@@ -218,14 +226,16 @@ def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch
     assert seen == [None, None]
 
     def anchor_of(**changed):
-        s = sfd_minimal.Settings(forget=("0",), to=("1",), steps=2, batch=4, out=str(tmp_path / "again"), overwrite=True, **changed)
+        s = sfd_minimal.Settings(forget=("0",), to=("1",), steps=2, batch=4,
+                                 out=str(tmp_path / "again"), overwrite=True, **changed)
         _, average, _ = sfd_minimal.distil(s, [0], [1], teacher, torch.device("cpu"), lambda G: {})
         return seen[-1], average, "anchor" in weights(tmp_path / "again")[1]
 
     anchor, average, kept = anchor_of()
     assert anchor is average and not kept
     anchor, average, kept = anchor_of(init_from=f"{out}/both.pt")
-    assert kept and all(torch.equal(v, w) for v, w in zip(anchor.state_dict().values(), edm_unet.load_checkpoint(f"{out}/both.pt")[0].state_dict().values()))
+    assert kept and all(torch.equal(v, w) for v, w in zip(
+        anchor.state_dict().values(), edm_unet.load_checkpoint(f"{out}/both.pt")[0].state_dict().values()))
     assert any(not torch.equal(v, w) for v, w in zip(anchor.parameters(), average.parameters()))
     assert anchor_of(lambda_anchor=0.0)[0] is None
 
@@ -233,11 +243,13 @@ def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch
 def test_a_run_that_diverges_says_where(tiny, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(common.RunFailed, match=r"L_\w+ is .* at step \d+.*--lr"):
-        sfd_minimal.main(["--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "200", "--lr", "1e30", "--lr-fake", "1e30", "--save-every", "0.01"])
+        sfd_minimal.main(["--teacher", str(tiny), "--out", str(out), *QUICK, "--steps", "200",
+                          "--lr", "1e30", "--lr-fake", "1e30", "--save-every", "0.01"])
     if (out / "checkpoint.pt").exists():
         for name, part in weights(out)[1].items():
             if "optimizer" not in name and name != "teacher":
-                assert all(torch.isfinite(v).all() for v in part.values()), f"{name} was saved although it is not finite"
+                assert all(torch.isfinite(v).all() for v in part.values()), (
+                    f"{name} was saved although it is not finite")
 
 
 def test_teacher_training_resumes(tmp_path):

@@ -38,16 +38,19 @@ def test_teacher_and_judges_agree(judged, number):
 
 @pytest.mark.parametrize("number", ["", "2"])
 def test_judges_of_cifar10_know_photographs(number):
-    """On the first five test images of each class, one class per row of the picture, and as they were recorded on all of them."""
+    """On the first five test images of each class, one class per row of the picture,
+    and as they were recorded on all of them."""
     judge, info = evaluate.load_judge(TEACHERS / f"cifar10_judge{number}.pt", CPU)
     with Image.open(ROOT / "tests" / "fixtures" / "cifar10_jpeg_test.png") as picture:
         images = torch.tensor(np.asarray(picture)).reshape(10, 32, 5, 32, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
     labels = torch.arange(10).repeat_interleave(5)
     stats = evaluate.class_stats(judge, images, labels, keep=0)
     assert stats["confusion"].diag().sum() >= 42 and info["accuracy"] > 0.85
-    assert f"{100 * info['accuracy']:.2f} %" in (TEACHERS / "README.md").read_text() and f"{100 * info['accuracy']:.2f} %" in (ROOT / "README.md").read_text()
+    assert (f"{100 * info['accuracy']:.2f} %" in (TEACHERS / "README.md").read_text()
+            and f"{100 * info['accuracy']:.2f} %" in (ROOT / "README.md").read_text())
     mirrored = evaluate.class_stats(judge, images.flip(3), labels, keep=0)
-    assert torch.allclose(stats["mean"], mirrored["mean"], atol=1e-4), "a judge of photographs does not mind which way they look"
+    assert torch.allclose(stats["mean"], mirrored["mean"], atol=1e-4), (
+        "a judge of photographs does not mind which way they look")
     if number == "":
         assert info["train"]["confusion"].sum() == 50_000 and info["test"]["confusion"].sum() == 10_000
         assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
@@ -56,7 +59,8 @@ def test_judges_of_cifar10_know_photographs(number):
 @pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
 def test_recorded_teacher_belongs_to_these_files(teacher):
     names = [f"{teacher}.pt", "mnist_judge.pt", "mnist_judge2.pt"]
-    assert read_file(TEACHERS / f"{teacher}_measured.pt", "measured")["fingerprint"] == evaluate.digest(*(TEACHERS / n for n in names))
+    assert (read_file(TEACHERS / f"{teacher}_measured.pt", "measured")["fingerprint"]
+            == evaluate.digest(*(TEACHERS / n for n in names)))
 
 
 def test_one_step_generator_is_of_this_teacher():
@@ -80,19 +84,24 @@ def test_un_erased_generator_is_that_of_the_teacher_or_none(tmp_path, monkeypatc
 
 def test_forgetful_generator_is_of_this_teacher_and_forgets():
     G, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
-    assert info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt") and (info["forget"], info["to"]) == ([0], [1])
+    assert (info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt")
+            and (info["forget"], info["to"]) == ([0], [1]))
     judge, _ = evaluate.load_judge(TEACHERS / "mnist_judge.pt", CPU)
     labels = torch.arange(10).repeat_interleave(30)
-    confusion = evaluate.class_stats(judge, evaluate.draw(evaluate.one_step(G, info["sigma_init"]), labels, G.settings, CPU, seed=5), labels, keep=0)["confusion"]
+    confusion = evaluate.class_stats(
+        judge, evaluate.draw(evaluate.one_step(G, info["sigma_init"]), labels, G.settings, CPU, seed=5),
+        labels, keep=0)["confusion"]
     m = json.loads((ROOT / "results" / "mnist-paper-forget0-to1.json").read_text())
     assert confusion[0, 0] == 0 and confusion[0, 1] >= 28
     assert confusion.diag()[1:].sum().item() / 270 > m["kept_accuracy"] - 0.03
 
 
 def test_weights_are_stored_in_half_precision():
-    for name in ("mnist.pt", "mnist_plain.pt", "mnist_sid.pt", "mnist_forget0_to1.pt", "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
+    for name in ("mnist.pt", "mnist_plain.pt", "mnist_sid.pt", "mnist_forget0_to1.pt",
+                 "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
-        assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values() if v.is_floating_point()), name
+        assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values()
+                   if v.is_floating_point()), name
 
 
 def test_committed_results_carry_their_circumstances():

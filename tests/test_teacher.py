@@ -11,13 +11,16 @@ from conftest import ROOT
 from edm_unet import load_checkpoint
 
 
-@pytest.mark.parametrize("guidance, below, sigmas, found", [(1.0, inf, (0, inf), 1.0), (1.3, inf, (0, inf), 1.3), (2.0, inf, (0, inf), 2.0),
-                                                            (2.0, 1.5, (0, 1.4), 2.0), (2.0, 1.5, (1.5, inf), 1.0)])
+@pytest.mark.parametrize("guidance, below, sigmas, found", [
+    (1.0, inf, (0, inf), 1.0), (1.3, inf, (0, inf), 1.3), (2.0, inf, (0, inf), 2.0),
+    (2.0, 1.5, (0, 1.4), 2.0), (2.0, 1.5, (1.5, inf), 1.0)])
 def test_the_loss_is_smallest_at_the_guided_denoiser(guidance, below, sigmas, found):
-    """Its slope in g is linear: the zero of the line through two points of it is the guidance that was asked for, at those noise levels."""
+    """Its slope in g is linear: the zero of the line through two points of it is the guidance that was asked for,
+    at those noise levels."""
     torch.manual_seed(0)
     k = torch.randint(5, (40_000,))
-    x, label, sigma = ring().sample(k), torch.eye(5)[k], (0.5 + 1.2 * torch.randn(40_000, 1, dtype=torch.float64)).exp().clamp(*sigmas)
+    x, label, sigma = (ring().sample(k), torch.eye(5)[k],
+                       (0.5 + 1.2 * torch.randn(40_000, 1, dtype=torch.float64)).exp().clamp(*sigmas))
 
     def slope(g):
         torch.manual_seed(1)

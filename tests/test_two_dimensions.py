@@ -1,5 +1,5 @@
-"""The fixed point, on a labelled mixture whose scores are known: asked for c_f, the generator draws c_o, and only because of the
-score-forgetting term. The project's own step, small MLPs for the generator and the fake score."""
+"""The fixed point, on a labelled mixture whose scores are known: asked for c_f, the generator draws c_o, and only
+because of the score-forgetting term. The project's own step, small MLPs for the generator and the fake score."""
 import copy
 import math
 import types
@@ -16,7 +16,8 @@ C_F, C_O = 0, 2
 
 @pytest.fixture(scope="module")
 def pretrained():
-    """An MLP fitted to the closed-form denoiser: what generator and fake score start from, as from a teacher's weights."""
+    """An MLP fitted to the closed-form denoiser:
+    what generator and fake score start from, as from a teacher's weights."""
     torch.manual_seed(0)
     truth = ring(dtype=torch.float32)
     return truth, fit(MLP(), truth)
@@ -49,7 +50,8 @@ def drawn(generator, k, n=20_000):
 
 
 def is_component(generator, k, truth, of):
-    """(largest error of the mean in units of its standard deviation, relative error of the covariance) of label k against component `of`."""
+    """(largest error of the mean in units of its standard deviation, relative error of the covariance) of label k
+    against component `of`."""
     mean, cov = drawn(generator, k)
     return ((mean - truth.means[of]).abs() / truth.covs[of].diagonal().sqrt()).max().item(), \
         ((cov - truth.covs[of]).norm() / truth.covs[of].norm()).item()
@@ -61,11 +63,13 @@ def test_forgotten_label_draws_the_override(pretrained):
     for k in range(5):
         mean, cov = is_component(generator, k, truth, C_O if k == C_F else k)
         print(f"label {k}: mean off by {mean:.3f} standard deviations, covariance by {cov:.1%}")
-        assert mean < 0.1 and cov < 0.15, f"label {k}: mean off by {mean:.3f} standard deviations, covariance by {cov:.1%}"
+        assert mean < 0.1 and cov < 0.15, (
+            f"label {k}: mean off by {mean:.3f} standard deviations, covariance by {cov:.1%}")
 
 
 def test_without_the_term_nothing_is_forgotten(pretrained):
-    """All else as before: the same labels are drawn, the teacher is asked about c_o, the fake score learns c_f. Only L_forget weighs nothing."""
+    """All else as before: the same labels are drawn, the teacher is asked about c_o, the fake score learns c_f.
+    Only L_forget weighs nothing."""
     truth, start = pretrained
     generator = run(truth, start, lambda_forget=0.0, steps=4000)
     off = is_component(generator, C_F, truth, C_O)[0]
@@ -74,8 +78,9 @@ def test_without_the_term_nothing_is_forgotten(pretrained):
 
 
 def test_a_one_step_generator_takes_guidance_further_than_the_sampler(pretrained):
-    """At high noise a guided denoiser points beyond the data. The sampler passes those levels first and mends at the lower ones; S weighs all of
-    them alike. So the generator goes further out than the sampler, and less far if guidance is left to the lower levels."""
+    """At high noise a guided denoiser points beyond the data. The sampler passes those levels first and mends at the
+    lower ones; S weighs all of them alike. So the generator goes further out than the sampler, and less far if guidance
+    is left to the lower levels."""
     truth, start = pretrained
     label = torch.eye(5)[[1] * 2000]
 
@@ -84,5 +89,6 @@ def test_a_one_step_generator_takes_guidance_further_than_the_sampler(pretrained
         return sampled, drawn(run(Guided(truth, 1.5, below), start, 1.0, steps=800), 1)[0].norm().item()
 
     (sampler, generator), (sampler_low, generator_low) = reach(math.inf), reach(1.5)
-    print(f"real images at 2.00; guided everywhere: sampler {sampler:.2f}, one step {generator:.2f}; below 1.5: {sampler_low:.2f} and {generator_low:.2f}")
+    print(f"real images at 2.00; guided everywhere: sampler {sampler:.2f}, one step {generator:.2f}; "
+          f"below 1.5: {sampler_low:.2f} and {generator_low:.2f}")
     assert generator > sampler + 0.2 and abs(generator_low - sampler_low) < 0.1

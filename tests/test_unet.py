@@ -10,7 +10,8 @@ from closed_form import Gaussians, ring
 from edm_unet import EDMPrecond, NetSettings, fold, heun_sampler, pack, sigma_grid, unpack
 
 GOLDEN = Path(__file__).parent / "fixtures" / "edm_ddpmpp_golden.npz"
-GOLDEN_NET = NetSettings(resolution=16, channels=3, model_channels=16, channel_mult=(1, 2, 2), num_blocks=2, attn_resolutions=(8,), dropout=0.13)
+GOLDEN_NET = NetSettings(resolution=16, channels=3, model_channels=16, channel_mult=(1, 2, 2), num_blocks=2,
+                         attn_resolutions=(8,), dropout=0.13)
 
 
 def golden():
@@ -33,10 +34,12 @@ def test_reproduces_the_official_network():
 
 def test_contract_of_sigma_and_label():
     torch.manual_seed(0)
-    model = EDMPrecond(NetSettings(resolution=8, model_channels=16, channel_mult=(1, 1), num_blocks=1, attn_resolutions=(), patch=2)).eval()
+    model = EDMPrecond(NetSettings(resolution=8, model_channels=16, channel_mult=(1, 1), num_blocks=1,
+                                   attn_resolutions=(), patch=2)).eval()
     x, label = torch.randn(3, 1, 8, 8), torch.eye(10)[:3]
     with torch.no_grad():
-        D = [model(x, sigma, label) for sigma in (0.7, torch.tensor(0.7), torch.full((3,), 0.7), torch.full((3, 1, 1, 1), 0.7))]
+        D = [model(x, sigma, label)
+             for sigma in (0.7, torch.tensor(0.7), torch.full((3,), 0.7), torch.full((3, 1, 1, 1), 0.7))]
         assert all(torch.equal(D[0], d) for d in D) and D[0].shape == x.shape and D[0].dtype == torch.float32
         assert model(x.double(), 0.7, label).dtype == torch.float32
         torch.nn.init.normal_(model.model.dec["4x4_aux_conv"].weight)
@@ -46,17 +49,19 @@ def test_contract_of_sigma_and_label():
 
 def test_patch_folds_and_unfolds():
     """With patch p the net sees (p^2 C, H/p, W/p); the identity in F must come back as the identity."""
-    model = EDMPrecond(NetSettings(resolution=8, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), patch=4))
+    model = EDMPrecond(NetSettings(resolution=8, model_channels=16, channel_mult=(1,), num_blocks=1,
+                                   attn_resolutions=(), patch=4))
     assert model.model.enc["2x2_conv"].in_channels == 16 and model.model.dec["2x2_aux_conv"].out_channels == 16
 
 
 @pytest.mark.parametrize("sigma", [0.002, 0.1, 0.5, 3.0, 80.0])
 def test_preconditioning(sigma):
-    """Whatever denoiser the closed form prescribes, F = (D - c_skip x) / c_out must give it back; and inputs and targets of F
-    have unit variance on data of standard deviation sigma_data."""
+    """Whatever denoiser the closed form prescribes, F = (D - c_skip x) / c_out must give it back;
+    and inputs and targets of F have unit variance on data of standard deviation sigma_data."""
     torch.manual_seed(0)
     sd = 0.5
-    model = EDMPrecond(NetSettings(resolution=4, model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), sigma_data=sd))
+    model = EDMPrecond(NetSettings(resolution=4, model_channels=16, channel_mult=(1,), num_blocks=1,
+                                   attn_resolutions=(), sigma_data=sd))
     x_0 = sd * torch.randn(4000, 1, 4, 4, dtype=torch.float64)
     x = x_0 + sigma * torch.randn_like(x_0)
     D = x * sd ** 2 / (sd ** 2 + sigma ** 2)  # the posterior mean of N(0, sd^2)
@@ -87,7 +92,8 @@ def test_heun_draws_the_mixture():
         std = truth.covs[k].diagonal().sqrt()
         assert ((x.mean(0) - truth.means[k]).abs() / std).max() < 0.05
         assert (x.T.cov() - truth.covs[k]).norm() / truth.covs[k].norm() < 0.05
-    x = heun_sampler(truth, torch.randn(10_000, 2, dtype=torch.float64), torch.zeros(10_000, 5), steps=64)  # no label: all of it
+    # no label: all of it
+    x = heun_sampler(truth, torch.randn(10_000, 2, dtype=torch.float64), torch.zeros(10_000, 5), steps=64)
     share = torch.cdist(x, truth.means).argmin(1).bincount() / len(x)
     assert (share - 0.2).abs().max() < 0.02
     second = (truth.covs + truth.means[:, :, None] * truth.means[:, None]).mean(0)
@@ -95,7 +101,8 @@ def test_heun_draws_the_mixture():
 
 
 def test_heun_is_of_second_order():
-    """On one Gaussian the flow is known: x(0) = m + (x(80) - m) s / sqrt(s^2 + 80^2). Halving the step quarters the error."""
+    """On one Gaussian the flow is known: x(0) = m + (x(80) - m) s / sqrt(s^2 + 80^2).
+    Halving the step quarters the error."""
     truth = Gaussians(torch.tensor([[0.3, -0.2]], dtype=torch.float64), 0.25 * torch.eye(2, dtype=torch.float64)[None])
     torch.manual_seed(0)
     z = torch.randn(200, 2, dtype=torch.float64)
@@ -105,7 +112,8 @@ def test_heun_is_of_second_order():
 
 
 def test_heun_from_a_lower_noise_level():
-    """The probability flow of one Gaussian is a line of algebra: x_0 = m + s (s^2 + sigma^2)^(-1/2) (x_sigma - m), from sigma = 2 as from 80."""
+    """The probability flow of one Gaussian is a line of algebra:
+    x_0 = m + s (s^2 + sigma^2)^(-1/2) (x_sigma - m), from sigma = 2 as from 80."""
     D = lambda x, sigma, label: 1 + 0.09 / (0.09 + sigma ** 2) * (x - 1)
     z = torch.randn(100, 2, dtype=torch.float64)
     exact = 1 + (0.09 / 4.09) ** 0.5 * (2 * z - 1)
@@ -114,13 +122,15 @@ def test_heun_from_a_lower_noise_level():
 
 def test_folded_generator_knows_one_noise_level():
     torch.manual_seed(0)
-    model = EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), patch=4)).eval()
+    model = EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1,
+                                   attn_resolutions=(), patch=4)).eval()
     folded = unpack(pack(fold(model, 2.5))).eval()
     x, labels = 2.5 * torch.randn(10, 1, 28, 28), torch.eye(10)
     with torch.no_grad():
         assert torch.allclose(folded(x, 2.5, labels), model(x, 2.5, labels), atol=1e-5)
         at = lambda m, sigma: m.model(x, torch.full((10,), sigma).log() / 4, labels)
-        assert torch.equal(at(folded, 0.5), at(folded, 2.5)) and not torch.allclose(at(model, 0.5), at(model, 2.5), atol=1e-3)
+        assert (torch.equal(at(folded, 0.5), at(folded, 2.5))
+                and not torch.allclose(at(model, 0.5), at(model, 2.5), atol=1e-3))
     assert not [name for name in folded.state_dict() if "map_" in name]
 
 
@@ -136,7 +146,8 @@ def test_heun_evaluations_and_guidance():
     assert len(calls) == 35
     plain = heun_sampler(D, z, torch.eye(4))
     assert not torch.allclose(plain, heun_sampler(D, z, torch.eye(4), guidance=2.0))
-    twice = heun_sampler(lambda x, s, c: x * 0.5 + 2 * c.sum(1)[:, None], z, torch.eye(4))  # D(0) + 2 (D(c) - D(0)), by hand
+    # D(0) + 2 (D(c) - D(0)), by hand
+    twice = heun_sampler(lambda x, s, c: x * 0.5 + 2 * c.sum(1)[:, None], z, torch.eye(4))
     assert torch.allclose(heun_sampler(D, z, torch.eye(4), guidance=2.0), twice, atol=1e-6)
 
 
@@ -145,7 +156,8 @@ def test_checkpoint_keeps_the_network(tmp_path):
     model = EDMPrecond(GOLDEN_NET).eval()
     model.load_state_dict(weights)
     for half, tolerance in ((False, 1e-6), (True, 2e-3)):
-        edm_unet.save_atomically({"kind": "denoiser", "data": "x", "classes": [], **edm_unet.pack(model, half)}, tmp_path / "net.pt")
+        edm_unet.save_atomically({"kind": "denoiser", "data": "x", "classes": [], **edm_unet.pack(model, half)},
+                                 tmp_path / "net.pt")
         again, info = edm_unet.load_checkpoint(tmp_path / "net.pt")
         again.bf16 = False
         assert again.settings == GOLDEN_NET and info["data"] == "x"
