@@ -1,11 +1,11 @@
-"""Speed, side by side in one process: this project's SFD step against the official code's way, training, sampling.
+"""Speed, side by side in one process, of what costs time: SFD steps, teacher training and sampling.
 
-Each of them, SFD step, teacher training, and one-step sampling against the teacher's 35 evaluations, with its
-arithmetic, and the share of what the device makes of a matrix product.
+This project's SFD step stands against one written as the official code does it, one-step sampling against the teacher's
+35 evaluations; each with its arithmetic, and the share of what the device makes of a matrix product.
 
     python tests/bench.py [--teacher teachers/mnist.pt] [--batch 64] [--seconds 20] [--compile]
     python tests/bench.py --profile          # which operations this project's step spends its time in
-    python tests/bench.py --published        # one step of the published architecture, 55.7 M parameters
+    python tests/bench.py --published        # one step of the published architecture, and the memory it takes
 
 The official way: a fresh generator batch for each of the two updates, separate passes for kept and for forgotten labels
 (a full batch of each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones

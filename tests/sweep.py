@@ -1,11 +1,12 @@
 """The sweep behind the default settings: runs of 8,320 images that differ from the first row in what the row names.
 
     python tests/sweep.py > results/sweep.csv                    # one to four minutes a row on two cores
-    python tests/sweep.py --rows "--ema 0.98" "--alpha 1.2" --teacher teachers/other.pt    # your own, and for all
+    python tests/sweep.py --rows "--ema 0.98" "--alpha 1.2" --teacher teachers/other.pt
 
 The first row is the paper's method, without what the default adds to it. Each row is judged on 500 images per label:
 fit for comparing rows, not for quoting, because FD is larger than of more images, and a fifth of a run is not yet where
 the run leads. `steps_to_99` is the first probe, of 100 images, with a UA of 99 %.
+`--rows` gives rows of your own; options beside it, like `--teacher` here, hold for all rows.
 """
 import argparse
 import csv

@@ -22,6 +22,19 @@ COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```
 COMMANDS += re.findall(r"`(python [^`]+)`", README.split("what remains to be run")[1])
 
 
+def result(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def as_json(settings):
+    """Settings the way that a result holds them: tuples are lists."""
+    return json.loads(json.dumps(settings))
+
+
+def unwrapped(text):
+    return " ".join(text.split())
+
+
 @pytest.mark.parametrize("line", [c for c in COMMANDS if "python " in c])
 def test_commands_are_real(line):
     words = shlex.split(line.split("&&")[-1])[1:]
@@ -75,14 +88,13 @@ def test_full_runs_with_other_settings_are_in_the_results():
 
 def test_tables_of_methods_and_audit_are_made_from_the_results():
     between = lambda name: README.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0].strip()
-    compared = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())
-    audited = json.loads((ROOT / "results" / "mnist_audit.json").read_text())
+    compared, audited = result("mnist_baselines"), result("mnist_audit")
     assert between("baselines") == baselines.table(compared) and between("audit") == audit.table(audited["networks"])
     assert list(compared["methods"]) == list(baselines.METHODS) + list(baselines.ONE_STEP)
     assert (set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"}
             and compared["machine"]["torch"] and audited["machine"]["torch"])
     for sentence in audit.in_words("sfd", audited["networks"]["sfd"]).splitlines():
-        assert sentence in " ".join(README.split()), sentence
+        assert sentence in unwrapped(README), sentence
 
 
 def test_methods_use_the_best_settings_of_their_sweep():
@@ -90,7 +102,7 @@ def test_methods_use_the_best_settings_of_their_sweep():
     as the README says."""
     with open(ROOT / "results" / "mnist_baselines_sweep.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    results = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())["methods"]
+    results = result("mnist_baselines")["methods"]
     for name in {row["method"] for row in rows}:
         best = max((row for row in rows if row["method"] == name),
                    key=lambda row: (float(row["ua"]) + float(row["kept_accuracy"]), -float(row["fd"])))
@@ -100,14 +112,12 @@ def test_methods_use_the_best_settings_of_their_sweep():
 
 
 def test_headline_is_the_main_run():
-    m = json.loads((ROOT / "results" / "mnist-forget0-to1.json").read_text())
+    m = result("mnist-forget0-to1")
     assert m["settings"]["forget"] == ["0"] and m["settings"]["to"] == ["1"] and not m["settings"]["init_from"]
-    defaults = {f.name: f.default for f in dataclasses.fields(sfd_minimal.Settings)}
-    assert ({k for k, v in m["settings"].items()
-             if v != (list(defaults[k]) if isinstance(defaults[k], tuple) else defaults[k])}
-            <= {"to", "out", "resume", "overwrite"})
+    defaults = as_json(dataclasses.asdict(sfd_minimal.Settings()))
+    assert {k for k, v in m["settings"].items() if v != defaults[k]} <= {"to", "out", "resume", "overwrite"}
     head = README.split("Run it")[0]
-    assert (f"held-out images is {m['fd_floor']:.2f}, " in " ".join(head.split())
+    assert (f"held-out images is {m['fd_floor']:.2f}, " in unwrapped(head)
             and m["machine"]["torch"].split("+")[0] in head)
     assert f"| the teacher | 35 | | | {m['teacher']['kept_accuracy']:.2%} | {m['teacher']['fd']:.2f} | |\n" in head
     start = ("from the one-step generator that comes with the project "
@@ -115,7 +125,7 @@ def test_headline_is_the_main_run():
     rows = {"**the command below**": "mnist-forget0-to1", start: "mnist-from-sid-forget0-to1",
             "in one stage, but for longer, at lower rates": "mnist-hour-forget0-to1"}
     for name, file in rows.items():
-        m = json.loads((ROOT / "results" / f"{file}.json").read_text())
+        m = result(file)
         assert m["n_forgotten"] == 5000 and m["ua_judge2"] == 1 and m["settings"]["seed"] == 0
         row = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}",
                f"{m['fd']:.2f}", f"{m['seconds']:.0f}"]
@@ -124,7 +134,7 @@ def test_headline_is_the_main_run():
 
 def test_two_stages_are_one_command():
     """In the README, in the comparison, and in each of the results."""
-    options = lambda words: common.comparable(common.parse(sfd_minimal.Settings, words, ""))
+    options = lambda words: as_json(common.comparable(common.parse(sfd_minimal.Settings, words, "")))
     words = {"C_F": "0", "C_O": "1", "SID": "teachers/mnist_sid.pt"}
     said = options(shlex.split(next(c for c in COMMANDS if "--init-from teachers/mnist_sid.pt" in c))[2:])
     assert said == options([words.get(word, word) for word in baselines.ONE_STEP["sfd_anchored"]])
@@ -132,7 +142,7 @@ def test_two_stages_are_one_command():
     assert len(files) == 5
     for path in files:
         run = json.loads(path.read_text())["settings"]
-        assert {k for k in said if json.loads(json.dumps(said[k])) != run[k]} <= {"forget", "to", "seed"}, path.name
+        assert {k for k in said if said[k] != run[k]} <= {"forget", "to", "seed"}, path.name
 
 
 @pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
@@ -144,8 +154,8 @@ def test_teachers_readme_says_what_was_measured(teacher):
 
 
 def test_teachers_readme_says_what_the_one_step_generator_draws():
-    text, measured = (" ".join((ROOT / "teachers" / "README.md").read_text().split()),
-                      read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured"))
+    text = unwrapped((ROOT / "teachers" / "README.md").read_text())
+    measured = read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured")
     first, second = (c.diag().sum().item() / c.sum().item()
                      for c in (measured["stats"]["confusion"], measured["confusion2"]))
     assert f"{100 * first:.2f} % judged as their label ({100 * second:.2f} % by the second judge)" in text
