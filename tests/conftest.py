@@ -1,12 +1,55 @@
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-import edm_unet
+from edm_unet import EDMPrecond, NetSettings
+from lab.checkpoint import pack, save_atomically
 
 ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def program(name):
+    """The command of a program at the root."""
+    return [sys.executable, str(ROOT / name)]
+
+
+def module(name):
+    """The command of a module, `python -m lab.name`."""
+    return [sys.executable, "-m", name]
+
+
+def run(*command, cwd, code=0):
+    """The finished process of a command, which must end with exit code `code`. A second or three: torch is imported."""
+    done = subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def image_folder(path, classes, n, size):
+    """`path`, a folder of class folders with n images each: noise, brighter from class to class.
+    size: their side, or (width, height)."""
+    width, height = size if isinstance(size, tuple) else (size, size)
+    noise = np.random.default_rng(0)
+    for k, label in enumerate(classes):
+        (path / label).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            pixels = noise.integers(120 * k // len(classes), 120 * k // len(classes) + 120, (height, width, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(path / label / f"{i}.png")
+    return path
+
+
+def save_network(network, path, half=False, **entries):
+    """A checkpoint of a network for MNIST; `entries` stand beside what such a file says, or instead of it."""
+    save_atomically({"kind": "denoiser", "data": "mnist", "classes": [str(k) for k in range(10)],
+                     **pack(network, half), **entries}, path)
 
 
 @pytest.fixture(scope="session")
@@ -14,9 +57,8 @@ def tiny(tmp_path_factory):
     """A teacher for MNIST's shape that has learned nothing, but runs in no time."""
     path = tmp_path_factory.mktemp("a tiny teacher") / "tiny.pt"
     torch.manual_seed(0)
-    net = edm_unet.NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(), patch=4)
-    edm_unet.save_atomically({"kind": "denoiser", "data": "mnist", "classes": [str(k) for k in range(10)],
-                              **edm_unet.pack(edm_unet.EDMPrecond(net))}, path)
+    save_network(EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, attn_resolutions=(),
+                                        patch=4)), path)
     return path
 
 
@@ -34,7 +76,3 @@ def mnist_dir(tmp_path_factory):
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
             b"".join(v.to_bytes(4, "big") for v in (2049, n)) + bytes(k % 10 for k in range(n)))
     return raw.parent.parent
-
-
-def program(name):
-    return [sys.executable, str(ROOT / name)]

@@ -1,60 +1,84 @@
 """The audit finds what is there: a network that has not forgotten is caught by every attempt that can catch it."""
 import json
-import subprocess
 
 import pytest
 import torch
 
-import audit
-import evaluate
-from conftest import ROOT, program
-from edm_unet import load_checkpoint, pack, save_atomically
-
-CPU = torch.device("cpu")
+from conftest import CPU, ROOT, module, run, save_network
+from lab import audit, evaluate
+from lab.checkpoint import load_checkpoint
+from lab.device import seed_everything
 
 
 def accused(folder, network, content):
     """A run's folder whose network is said to have forgotten label 0."""
     keep = {k: v for k, v in content.items() if k not in ("net", "weights", "fake", "kind")}
-    save_atomically({"kind": "denoiser", **pack(network, half=True), **keep, "forget": [0], "to": [1]},
-                    folder / "generator.pt")
+    save_network(network, folder / "generator.pt", half=True, **keep | {"forget": [0], "to": [1]})
+
+
+def drawn(s):
+    """The share of 30 images under the label it is accused of that show it."""
+    return s.seen(s.draw(s.noise(30), s.label(0, 30)))[0]["share"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_looks():
+    """Relearning looks at 50 images after a few steps of training: here at 10, each five times."""
+    def look(D, z, c, steps=18, **kw):
+        return sampler(D, z[:10], c[:10], steps).repeat(5, 1, 1, 1) if steps == 9 else sampler(D, z, c, steps, **kw)
+    sampler = audit.heun_sampler
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "heun_sampler", look)
+        yield
 
 
 @pytest.fixture(scope="module")
-def audited(tmp_path_factory, mnist_dir):
-    """The one-step generator that has forgotten nothing, the one that has, the teacher,
-    and one whose label 0 was overwritten; all accused."""
+def audited(tmp_path_factory, mnist_dir, tiny, short_looks):
+    """The one-step generator that has forgotten nothing, and a network of 35 evaluations, accused: by every attack."""
     folder = tmp_path_factory.mktemp("accused")
     accused(folder / "guilty", *load_checkpoint(ROOT / "teachers" / "mnist_sid.pt"))
-    accused(folder / "forgetful", *load_checkpoint(ROOT / "teachers" / "mnist_forget0_to1.pt"))
-    teacher, content = load_checkpoint(ROOT / "teachers" / "mnist.pt")
-    accused(folder / "unchanged", teacher, content)
-    with torch.no_grad():
-        teacher.model.map_label.weight[:, 0] = teacher.model.map_label.weight[:, 1]
-    accused(folder / "overwritten", teacher, content)
+    accused(folder / "blank", *load_checkpoint(tiny))
     return folder, audit.audit(folder, CPU, mnist_dir, fast=True)
 
 
-def test_guilty_is_caught(audited):
+@pytest.fixture
+def under(tmp_path, mnist_dir):
+    """(suspect, numbers) of an accused network and of single attacks on it."""
+    def ask(network, content, *attacks):
+        accused(tmp_path, network, content)
+        s, images, found = audit.Suspect(tmp_path / "generator.pt", CPU, fast=True), {}, []
+        for attack in attacks:
+            images = images or audit.real_images("mnist", mnist_dir, 0, CPU)
+            seed_everything(0)
+            found.append(attack(s, images)[0])
+        return s, *found
+    return ask
+
+
+def test_guilty_is_caught(audited, under):
     """Both draw it when asked. The generator has half lost the other noise levels,
     and has them back in the three steps that a quick look takes."""
-    r, teacher = audited[1]["guilty"], audited[1]["unchanged"]
+    r = audited[1]["guilty"]
     assert (r["other seeds"]["share"] > 0.9
             and r["latent search"]["share"] > 0.5 and r["latent search"]["restarts_needed"] == 1)
-    assert r["other noise levels"]["share"] > audited[1]["forgetful"]["other noise levels"]["share"]
     assert r["relearning"]["own"]["steps"] in (0, 3) and r["relearning"]["own"]["share"] >= 0.5
-    assert (teacher["other seeds"]["share"] > 0.9 and teacher["other noise levels"]["share"] > 0.9
-            and teacher["relearning"]["own"]["steps"] == 0)
+    s, levels, relearned = under(*load_checkpoint(ROOT / "teachers" / "mnist.pt"), audit.noise_levels, audit.relearning)
+    assert drawn(s) > 0.9 and levels["share"] > 0.9 and relearned["own"]["steps"] == 0
 
 
-def test_forgetful_does_not_draw_it(audited):
-    r = audited[1]["forgetful"]
-    assert r["other seeds"]["share"] < 0.02 and r["other seeds"]["n"] == 500 and r["evaluations"] == 1
+def test_forgetful_does_not_draw_it(audited, under):
+    s, seeds, levels = under(*load_checkpoint(ROOT / "teachers" / "mnist_forget0_to1.pt"),
+                             audit.seeds, audit.noise_levels)
+    assert seeds["share"] < 0.02 and seeds["n"] == 500 and s.nfe == 1
+    assert levels["share"] < audited[1]["guilty"]["other noise levels"]["share"]
 
 
-def test_overwritten_label_is_a_network_of_35_evaluations(audited):
-    r = audited[1]["overwritten"]
-    assert r["evaluations"] == 35 and r["other seeds"]["share"] < 0.2
+def test_overwritten_label_is_a_network_of_35_evaluations(under):
+    network, content = load_checkpoint(ROOT / "teachers" / "mnist.pt")
+    with torch.no_grad():
+        network.model.map_label.weight[:, 0] = network.model.map_label.weight[:, 1]
+    (s,) = under(network, content)
+    assert s.nfe == 35 and drawn(s) < 0.2
 
 
 def test_few_images_of_the_class_are_not_mixed_with_others(audited, mnist_dir):
@@ -66,7 +90,7 @@ def test_few_images_of_the_class_are_not_mixed_with_others(audited, mnist_dir):
 
 def test_an_audit_is_remembered_for_these_judges_alone(audited, mnist_dir, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(audit, "ATTEMPTS", {"once": lambda s, images: (asked.append(1) or {}, None)})
+    monkeypatch.setattr(audit, "ATTACKS", {"once": lambda s, images: (asked.append(1) or {}, None)})
     (tmp_path / "generator.pt").write_bytes((audited[0] / "guilty" / "generator.pt").read_bytes())
     for _ in range(2):
         audit.audit_one(tmp_path, CPU, mnist_dir)
@@ -83,12 +107,13 @@ def test_an_audit_is_remembered_for_these_judges_alone(audited, mnist_dir, tmp_p
 def test_report_is_complete(audited):
     folder, results = audited
     saved = json.loads((folder / "audit.json").read_text())
-    assert set(saved["networks"]) == {"guilty", "forgetful", "unchanged", "overwritten"} and saved["machine"]["torch"]
+    assert set(saved["networks"]) == {"guilty", "blank"} and saved["machine"]["torch"]
+    assert [saved["networks"][name]["evaluations"] for name in ("guilty", "blank")] == [1, 35]
     for r in saved["networks"].values():
-        assert set(audit.ATTEMPTS) <= set(r) and all(0 <= r[a]["share"] <= 1 and r[a]["n"] > 0 for a in audit.ATTEMPTS)
+        assert set(audit.ATTACKS) <= set(r) and all(0 <= r[a]["share"] <= 1 and r[a]["n"] > 0 for a in audit.ATTACKS)
         assert (set(r["relearning"]) >= {"own", "kept", "10", "100"}
                 and {"error_forgotten", "error_kept", "error_foreign"} <= set(r["inversion"]))
-    assert (folder / "audit.png").exists() and audit.table(results).count("\n") == 5
+    assert (folder / "audit.png").exists() and audit.table(results).count("\n") == 3
     assert len(audit.in_words("sfd", results["guilty"]).split("\n")) == 3
 
 
@@ -108,10 +133,7 @@ def test_searches_go_through_the_generator_itself():
 
 
 def test_command_refuses_what_has_forgotten_nothing(mnist_dir, tmp_path):
-    teacher, content = load_checkpoint(ROOT / "teachers" / "mnist.pt")
-    save_atomically({"kind": "denoiser", **pack(teacher), "data": "mnist", "classes": content["classes"]},
-                    tmp_path / "generator.pt")
-    for where, says in ((tmp_path, "forgotten 0 labels"), (tmp_path / "nowhere", "no generator.pt")):
-        done = subprocess.run([*program("evaluate.py"), where, "--audit", "--data-dir", mnist_dir],
-                              capture_output=True, text=True)
-        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+    teacher, _ = load_checkpoint(ROOT / "teachers" / "mnist.pt")
+    save_network(teacher, tmp_path / "generator.pt")
+    done = run(*module("lab.audit"), tmp_path, "--data-dir", mnist_dir, "--device", "cpu", cwd=tmp_path, code=2)
+    assert "forgotten 0 labels" in done.stderr and "Traceback" not in done.stderr

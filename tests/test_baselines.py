@@ -3,19 +3,23 @@ import copy
 import csv
 import dataclasses
 import json
-import sys
+from functools import partial
 
 import pytest
 import torch
 
-import baselines
-import common
-from conftest import ROOT
-from edm_unet import load_checkpoint
-from test_commands import run
+from conftest import CPU, ROOT, module, run
+from lab import baselines, methods, sample, sweep
+from lab.checkpoint import load_checkpoint
+from lab.errors import BadInput
+from lab.evaluate import Evaluator
+from test_runs import stopped_after
 
 C_F, C_O = 0, 1
-SMALL = {k: dataclasses.replace(m, steps=min(m.steps, 2), batch=8) for k, m in baselines.METHODS.items()}
+FEW = partial(methods.record_paths, n=4)
+SMALL = {k: dataclasses.replace(m, steps=min(m.steps, 2), batch=8, **{"before": FEW} if m.before is methods.record_paths
+                                else {}) for k, m in methods.METHODS.items()}
+CHOSEN = ["retrain", "esd", "salun", "embedding_copy", "sid", "retrain_sid", "sfd", "sfd_two_stage"]
 
 
 @pytest.fixture
@@ -26,118 +30,143 @@ def world(tiny):
     phi.requires_grad_(False)
     phi.bf16 = False  # what is compared here differs by less than bfloat16 can tell
     data = lambda: (torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8), torch.arange(60) % 10)
-    w = baselines.World(phi, C_F, C_O, {"p_mean": 0.2, "guidance": 1.3}, 8, torch.device("cpu"), data)
-    w.eta, w.beta, w.lam, w.reverse = 1.0, 0.5, 10.0, False
-    v = copy.deepcopy(phi).requires_grad_(True)
-    baselines.record_paths(v, w, n=4)
-    return v, w
+    w = methods.World(phi, C_F, C_O, {"p_mean": 0.2, "guidance": 1.3}, 8, CPU, data)
+    w.eta, w.beta, w.lam = 1.0, 0.5, 10.0
+    network = copy.deepcopy(phi).requires_grad_(True)
+    FEW(network, w)
+    return network, w
 
 
 def test_paths_are_the_samplers(world):
-    v, w = world
+    _, w = world
     assert (w.states.shape == (35, 4, 1, 28, 28) and w.sigmas[0].item() == pytest.approx(80)
-            and w.sigmas.min().item() == pytest.approx(0.002, rel=1e-3))
+            and w.sigmas.shape == (35, 1, 1, 1) and w.sigmas.min().item() == pytest.approx(0.002, rel=1e-3))
     assert w.states[0].std().item() == pytest.approx(80, rel=0.1)
+    y, sigma = w.partial()
+    assert y.shape == (8, 1, 28, 28) and sigma.shape == (8, 1, 1, 1)
+    for row, level in zip(y, sigma.flatten()):  # each state with the noise level that it was recorded at
+        i, _ = (w.states == row).flatten(2).all(2).nonzero()[0].tolist()
+        assert w.sigmas[i] == level
 
 
 def test_copying_the_label_is_the_fixed_point_of_swapping_it(world):
-    v, w = world
-    assert baselines.label_swap(v, w) > 1e-6 and baselines.all_but_one(v, w) > 1e-6
-    baselines.copy_label(v, w)
-    assert baselines.label_swap(v, w) < 1e-10 and baselines.all_but_one(v, w) < 1e-10
+    network, w = world
+    assert methods.label_swap(network, w) > 1e-6 and methods.all_but_one(network, w) > 1e-6
+    methods.copy_label(network, w)
+    assert methods.label_swap(network, w) < 1e-10 and methods.all_but_one(network, w) < 1e-10
+
+
+def test_all_but_one_holds_the_unconditional_by_beta(world):
+    """A network that is off by the same amount under c_f and under no label: its guidance is right, the rest is not."""
+    network, w = world
+    methods.copy_label(network, w)
+    with torch.no_grad():
+        network.model.dec["7x7_aux_conv"].bias += 0.1
+    w.beta = 0.0
+    assert methods.all_but_one(network, w) < 1e-10
+    w.beta = 0.5
+    assert methods.all_but_one(network, w) > 1e-3
 
 
 def test_esd_without_guidance_asks_for_the_unconditional(world):
-    v, w = world
+    network, w = world
     w.eta = 0.0
     with torch.no_grad():
-        v.model.map_label.weight[:, C_F] = 0  # then c_f is answered like the null label
-    assert baselines.esd(v, w) < 1e-10
+        network.model.map_label.weight[:, C_F] = 0  # then c_f is answered like the null label
+    assert methods.esd(network, w) < 1e-10
     w.eta = 1.0
-    assert baselines.esd(v, w) > 1e-6
-
-
-def test_reversed_guidance_points_away(world):
-    v, w = world
-    w.reverse, w.beta = True, 0.0
-    # a network whose guidance term of c_f is that of the teacher, reversed, to first order in the embedding
-    with torch.no_grad():
-        small = copy.deepcopy(w.phi)
-        small.model.map_label.weight[:, C_F] *= 1e-3
-        w.phi = small
-        v.load_state_dict(small.state_dict())
-        as_is = baselines.all_but_one(v, w)
-        v.model.map_label.weight[:, C_F] *= -1
-    assert baselines.all_but_one(v, w) < 0.05 * as_is
+    assert methods.esd(network, w) > 1e-6
 
 
 def test_amnesia_holds_what_matters(world):
-    v, w = world
-    baselines.replay_and_fisher(v, w)
+    network, w = world
+    methods.replay_and_fisher(network, w)
     assert (set(w.replay_labels.tolist()) == set(range(1, 10))
             and all((f >= 0).all() for f in w.fisher) and sum(f.sum() for f in w.fisher) > 0)
     with torch.no_grad():
-        for p in v.parameters():
+        for p in network.parameters():
             p += 0.01
     loss = {}
     for w.lam in (0.0, 1e6):
         torch.manual_seed(1)
-        loss[w.lam] = baselines.selective_amnesia(v, w).item()
+        loss[w.lam] = methods.selective_amnesia(network, w).item()
     by_hand = 1e6 * sum((f * 0.01 ** 2).sum() for f in w.fisher).item()
     assert loss[1e6] - loss[0.0] == pytest.approx(by_hand, rel=1e-2)
 
 
 def test_saliency_takes_half_of_the_weights(world):
-    v, w = world
-    baselines.saliency(v, w)
+    network, w = world
+    methods.saliency(network, w)
     share = sum(m.sum() for m in w.mask) / sum(m.numel() for m in w.mask)
     assert 0.3 < share <= 0.5
 
 
+@pytest.fixture
+def of_tiny(tiny, monkeypatch):
+    """Benches and sweeps start from the teacher that has learned nothing."""
+    load = baselines.load_teacher
+    monkeypatch.setattr(baselines, "load_teacher", lambda path, *of: load(path or tiny, *of))
+
+
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory, mnist_dir):
-    """Every method but the slowest, two steps each, from the teacher that comes with the project."""
-    folder = tmp_path_factory.mktemp("bench")
-    chosen = ["esd", "salun", "embedding_copy", "sid", "sfd", "sfd_folded"]
-    argv = ["--per-label", "4", "--data-dir", str(mnist_dir), "--out", str(folder / "out"),
-            "--results", str(folder / "results" / "b.json"), "--method", *chosen]
-    patch = pytest.MonkeyPatch()
-    patch.setattr(baselines, "METHODS", SMALL)
-    patch.setitem(baselines.ONE_STEP, "sfd", [*baselines.ONE_STEP["sfd"], "--steps", "2", "--batch", "8"])
-    baselines.main(argv)
-    yield folder, argv
-    patch.undo()
+    """Every method but those of replay and of recorded paths alone, two steps each, from the shipped teacher; and the
+    number of times that the judges were asked."""
+    folder, judged = tmp_path_factory.mktemp("bench"), []
+    argv = ["--per-label", "1", "--data-dir", str(mnist_dir), "--out", "out", "--results", "results/b.json",
+            "--device", "cpu", "--method", *CHOSEN]
+    measure = Evaluator.measure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(baselines, "METHODS", SMALL)
+        patch.setattr(sample, "TEACHER_STEPS", 6)  # 11 evaluations are enough to see a digit
+        for name in ("retrain_sid", "sfd", "sfd_two_stage"):
+            patch.setitem(baselines.ONE_STEP, name, baselines.ONE_STEP[name] | dict(steps=2, batch=8))
+        patch.setattr(Evaluator, "measure", lambda *a, **kw: judged.append(kw["progress"]) or measure(*a, **kw))
+        baselines.main(argv)
+        yield folder, argv, list(judged)
 
 
 def test_bench_writes_table_and_figure(bench):
-    folder, _ = bench
+    folder, _, judged = bench
     results = json.loads((folder / "results" / "b.json").read_text())
-    assert (list(results["methods"]) == ["esd", "salun", "embedding_copy", "sid", "sfd", "sfd_folded"]
-            and (folder / "results" / "b.png").exists())
-    assert (results["methods"]["salun"]["real_data"] == "kept and forgotten"
-            and results["methods"]["esd"]["nfe"] == 35 and results["methods"]["sid"]["nfe"] == 1)
-    copied = results["methods"]["embedding_copy"]
+    rows = results["methods"]
+    assert list(rows) == CHOSEN and (folder / "results" / "b.png").exists()
+    assert judged == [f"judging {name}" for name in ("teacher", *CHOSEN)], "each once"
+    assert rows["salun"]["real_data"] == "kept and forgotten" and rows["esd"]["real_data"] == "none"
+    assert rows["retrain_sid"]["real_data"] == rows["retrain"]["real_data"] == "kept"
+    assert [m["nfe"] for m in rows.values()] == [35, 35, 35, 35, 1, 1, 1, 1]
+    assert all(m["n"] == 9 + 5 and m["n_forgotten"] == 5 for m in rows.values())
+    copied = rows["embedding_copy"]
     assert copied["ua"] > 0.9 and copied["kept_accuracy"] == pytest.approx(results["teacher"]["kept_accuracy"])
-    assert results["methods"]["sid"]["ua"] < 0.3
-    sfd, folded = results["methods"]["sfd"], results["methods"]["sfd_folded"]
-    assert sfd["per_class_accuracy"] == pytest.approx(folded["per_class_accuracy"], abs=0.01), (
-        "folding changed the images")
-    assert baselines.table(results).count("\n") == 8
+    assert rows["sid"]["ua"] < 0.3 and rows["sid"]["settings"]["forget"] == ["none"]
+    assert (rows["sfd"]["settings"]["steps"] == 2 and rows["sfd"]["settings"]["forget"] == ["0"]
+            and rows["sfd"]["settings"]["init_from"] == "" and rows["sfd"]["settings"]["forget_share"] is None)
+    two = rows["sfd_two_stage"]["settings"]
+    assert two["init_from"].endswith("teachers/mnist_sid.pt") and two["forget_share"] == 0.5
+    assert rows["retrain_sid"]["settings"]["teacher"] == "out/retrain/generator.pt"
+    assert baselines.table(results).count("\n") == 2 + len(CHOSEN)
 
 
 def test_bench_resumes_what_is_finished(bench, monkeypatch):
-    folder, argv = bench
-    with pytest.raises(common.BadInput, match="holds a run already"):
+    folder, argv, _ = bench
+    before = json.loads((folder / "results" / "b.json").read_text())
+    with pytest.raises(BadInput, match="holds a run already"):
         baselines.main(argv)
-    monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a finished method ran again"))
+    for what in ("unlearn", "distill"):
+        monkeypatch.setattr(baselines, what, lambda *a, **kw: pytest.fail("a finished method ran again"))
+    monkeypatch.setattr(baselines, "picture", lambda *a: None)
+    monkeypatch.setattr(baselines.Bench, "judge", lambda self, *a, erased: before["teacher"])  # the teacher's row alone
     baselines.main([*argv, "--resume"])
-    for option, value, says in (("--per-label", "5", "per_label was 4 and is 5"), ("--to", "2", "to was 1 and is 2")):
-        with pytest.raises(common.BadInput, match=says):
+    assert json.loads((folder / "results" / "b.json").read_text()) == before
+    for option, value, says in (("--per-label", "5", "per_label was 1 and is 5"), ("--to", "2", "to was 1 and is 2"),
+                                ("--seed", "1", "seed was 0 and is 1")):
+        with pytest.raises(BadInput, match=says):
             baselines.main([*argv, "--resume", option, value])
 
 
 def test_masked_weights_stay(bench):
-    folder, _ = bench
+    folder, _, _ = bench
     (v, _), (phi, _) = (load_checkpoint(folder / "out" / "salun" / "generator.pt"),
                         load_checkpoint(ROOT / "teachers" / "mnist.pt"))
     same = (sum((p == q).sum() for p, q in zip(v.parameters(), phi.parameters())).item()
@@ -145,54 +174,56 @@ def test_masked_weights_stay(bench):
     assert 0.4 < same < 0.95
 
 
-def test_sweep_adds_only_what_is_missing(tmp_path, mnist_dir, monkeypatch):
+def test_sweep_adds_only_what_is_missing(of_tiny, tmp_path, monkeypatch):
     small = {k: dataclasses.replace(m, tried=m.tried[:1]) for k, m in SMALL.items()}
-    monkeypatch.setattr(baselines, "METHODS", small)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "METHODS", small)
     monkeypatch.setattr(baselines.Bench, "judge",
                         lambda *a: {"ua": 0.25, "override_share": 0.5, "kept_accuracy": 0.75, "fd": 1.0})
-    argv = ["--sweep", "--method", "label_swap", "--data-dir", str(mnist_dir),
-            "--out", str(tmp_path / "out"), "--results", str(tmp_path / "b.json")]
-    baselines.main(argv)
-    with open(tmp_path / "b_sweep.csv", newline="") as f:
+    argv = ["--method", "label_swap", "--device", "cpu", "--results", "b.csv"]
+    sweep.main(argv)
+    with open(tmp_path / "b.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert ([r["settings"] for r in rows] == ["steps=2 lr=0.01 only=map_label.weight", "steps=2 lr=0.0003"]
             and rows[0]["ua"] == "0.25")
     monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a row was made"))
-    baselines.main(argv)
+    sweep.main(argv)
     for other in ("--forget", "3"), ("--to", "2"), ("--seed", "1"):
         with pytest.raises(pytest.fail.Exception, match="a row was made"):
-            baselines.main([*argv, *other])
+            sweep.main([*argv, *other])
+    monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: (None, {}, 0.0))
+    sweep.main([*argv, "--seed", "1"])
+    with open(tmp_path / "b.csv", newline="") as f:
+        assert [r["seed"] for r in csv.DictReader(f)] == ["0", "0", "1", "1"], "what was there is kept"
 
 
-@pytest.mark.parametrize("words, says", [
-    (["--method", "magic"], "not known"), (["--to", "0"], "itself to be forgotten"),
-    (["--forget", "11"], "out of range"), (["--lr", "1"], "unrecognized"), (["--sweep"], "no meaning with --sweep"),
-    (["--method", "sfd_folded", "--out", "nowhere"], "not there")])
-def test_bad_input_is_refused(words, says, tmp_path, monkeypatch, capsys):
+def test_a_method_s_training_is_not_done_again(of_tiny, tmp_path, monkeypatch):
+    """As if stopped between training and judging, and as if stopped within training: the same numbers."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["baselines.py", "--per-label", "2", *words])
-    with pytest.raises(SystemExit) as stop:
-        common.command(baselines.main)
-    assert stop.value.code == 2 and says in capsys.readouterr().err
-
-
-def test_command_resumes_from_a_method_s_checkpoint(tmp_path):
-    """The command itself, as if stopped between training and judging:
-    the training is not done again, and the number is the same."""
-    script = tmp_path / "small.py"
-    script.write_text(f"""
-import dataclasses, sys
-sys.path.insert(0, {str(ROOT)!r})
-import baselines
-from common import command
-baselines.METHODS = {{k: dataclasses.replace(m, steps=min(m.steps, 6), batch=8) for k, m in baselines.METHODS.items()}}
-command(baselines.main)
-""")
-    argv = [sys.executable, script, "--method", "label_swap", "--per-label", "4",
-            "--out", "out", "--results", "b.json", "--save-every", "0.001"]
-    run(*argv, cwd=tmp_path)
-    whole = (tmp_path / "b.json").read_text()
+    monkeypatch.setattr(baselines, "METHODS",
+                        {"label_swap": dataclasses.replace(SMALL["label_swap"], steps=6, batch=4)})
+    argv = ["--method", "label_swap", "--per-label", "2", "--device", "cpu", "--out", "out", "--results", "b.json",
+            "--save-every", "1e-9"]
+    numbers = lambda: {k: v for k, v in json.loads((tmp_path / "b.json").read_text())["methods"]["label_swap"].items()
+                       if k != "seconds"}
+    baselines.main(argv)
+    whole, (network, _) = numbers(), load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
     (tmp_path / "out" / "label_swap" / "metrics.json").unlink()
-    run(*argv, "--resume", cwd=tmp_path)
-    assert (json.loads((tmp_path / "b.json").read_text())["methods"]["label_swap"]["ua"]
-            == json.loads(whole)["methods"]["label_swap"]["ua"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "update_average", lambda *a: pytest.fail("trained again"))
+        baselines.main([*argv, "--resume"])
+    assert numbers() == whole
+    with stopped_after(3):
+        baselines.main([*argv, "--overwrite"])
+    baselines.main([*argv, "--resume"])
+    again, _ = load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
+    assert numbers() == whole and all(map(torch.equal, again.parameters(), network.parameters()))
+
+
+def test_the_command(tmp_path):
+    out = run(*module("lab.baselines"), "--method", "embedding_copy", "--per-label", 1, "--device", "cpu",
+              cwd=tmp_path).stdout
+    folder = "runs/mnist-baselines-forget0-to1"
+    assert "`embedding_copy`" in out and f"next: python -m lab.audit {folder}" in out
+    assert (tmp_path / folder / "embedding_copy" / "generator.pt").exists()
+    assert {f.name for f in (tmp_path / "results").iterdir()} == {"mnist_baselines.json", "mnist_baselines.png"}

@@ -1,13 +1,13 @@
 """How the judges learn: batches, what is done to the images, the whitening stem, and a run that resumes."""
 import pytest
 import torch
-from PIL import Image
 from torch.nn import functional as F
 
-import train_teacher
-from evaluate import Judge, to_float
+from conftest import image_folder
+from lab import judge as judges
+from lab.data import to_float
+from lab.judge import Judge, epoch_batch, jitter, shift_and_hide, whitening
 from test_runs import assert_same, stopped_after, weights
-from train_teacher import epoch_batch, jitter, shift_and_hide, whitening
 
 
 def test_an_epoch_has_each_image_once_and_the_next_one_its_mirror_image():
@@ -71,20 +71,18 @@ def test_resnet9_takes_any_side(side):
 
 
 def test_judge_training_resumes_and_leaves_the_stem(tmp_path):
-    folder = tmp_path / "images of two kinds"
-    for k, label in enumerate("ab"):
-        (folder / label).mkdir(parents=True)
-        for i in range(12):
-            Image.effect_noise((16, 16), 20 + 60 * k).convert("RGB").save(folder / label / f"{i}.png")
-    base = ["--data", str(folder), "--judge", "--batch", "4", "--steps", "6"]
-    train_teacher.main([*base, "--out", str(tmp_path / "whole")])
+    folder = image_folder(tmp_path / "images of two kinds", "ab", 12, 16)
+    base = ["--data", str(folder), "--batch", "4", "--steps", "6", "--device", "cpu"]
+    judges.main([*base, "--out", str(tmp_path / "whole")])
     with stopped_after(3):
-        train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
-    assert weights(tmp_path / "cut")[0] == 3
+        judges.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
+    assert weights(tmp_path / "cut")[0] == 3 and not (tmp_path / "cut2").exists()
     stem = weights(tmp_path / "cut")[1]["judge"]["trunk.0.weight"].clone()
-    train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
+    judges.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
     for name in ("whole", "whole2"):
         assert_same(weights(tmp_path / name)[1], weights(tmp_path / name.replace("whole", "cut"))[1])
     judge = torch.load(tmp_path / "cut" / "judge.pt", weights_only=True)
     assert torch.equal(judge["weights"]["trunk.0.weight"], stem.half()) and torch.equal(stem[:12], -stem[12:])
     assert judge["judge"]["arch"] == "resnet9" and judge["train"]["mean"].shape == (2, 128)
+    second = torch.load(tmp_path / "cut2" / "judge.pt", weights_only=True)
+    assert second["judge"]["arch"] == "resnet" and "train" not in second

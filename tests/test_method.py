@@ -1,18 +1,21 @@
 """The lines that make SFD, against independent computations;
 and against themselves with a line broken, which must be noticed."""
 import copy
+import dataclasses
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import sfd_minimal
-from closed_form import ring
+from lab.closed_form import ring
 
+GOLDEN = Path(__file__).parent / "fixtures" / "official_losses_golden.npz"
 SOURCE = Path(sfd_minimal.__file__).read_text()
 TRUTH = ring()
-SETTINGS = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.2, lambda_forget=0.7, lambda_anchor=0.3)
+SETTINGS = sfd_minimal.Settings(alpha=1.2, lambda_forget=0.7, lambda_anchor=0.3)
 
 
 class Linear(torch.nn.Module):
@@ -26,8 +29,9 @@ class Linear(torch.nn.Module):
         self.labels = []
 
     def forward(self, x, sigma, label):
+        assert isinstance(sigma, torch.Tensor) and sigma.shape == (len(x), 1), "the contract's shape of sigma"
         self.labels.append(label.clone())
-        return x @ self.A + label.double() @ self.B + torch.as_tensor(sigma, dtype=torch.float64) * self.s
+        return x @ self.A + label.double() @ self.B + sigma * self.s
 
 
 def independent_S(teacher, fake, x_g, c_phi, c_psi, sigma, eps, alpha, omega=None):
@@ -110,9 +114,9 @@ def one_step(sfd, lambda_forget=0.7, anchor=None):
     before = copy.deepcopy((generator.state_dict(), fake.state_dict(), teacher.state_dict()))
     theta, psi = torch.optim.SGD(generator.parameters(), 1e-2), torch.optim.SGD(fake.parameters(), 1e-2)
     override = torch.tensor([3, 1, 2, 3, 4])
-    c_phi, c_psi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]))
+    c_phi, c_psi, forgotten = sfd.draw_labels(32, override, torch.tensor([1, 2, 3, 4]), torch.eye(5))
     z = torch.randn(32, 2, dtype=torch.float64)
-    settings = types.SimpleNamespace(**{**vars(SETTINGS), "lambda_forget": lambda_forget})
+    settings = dataclasses.replace(SETTINGS, lambda_forget=lambda_forget)
     terms = sfd.sfd_step(generator, fake, teacher, theta, psi, z, c_phi, c_psi, forgotten, settings, anchor=anchor)
     return types.SimpleNamespace(**locals())
 
@@ -135,7 +139,7 @@ def check_share(sfd):
     torch.manual_seed(6)
     override, kept, n = torch.tensor([3, 1, -1, 3, 4]), torch.tensor([1, 3, 4]), 30_000
     for share, expected in ((0.4, [0.2, 0.2, 0.2, 0.2, 0.2]), (0.1, [0.05, 0.3, 0.05, 0.3, 0.3]), (None, [0.2] * 5)):
-        c_phi, c_psi, forgotten = sfd.draw_labels(n, override, kept, share)
+        c_phi, c_psi, forgotten = sfd.draw_labels(n, override, kept, torch.eye(5), share)
         assert torch.allclose(c_psi.mean(0), torch.tensor(expected), atol=0.015)  # more than six standard deviations
         assert torch.equal(forgotten, c_psi[:, [0, 2]].any(1)) and not c_phi[:, [0, 2]].any(), (
             "a teacher was asked about a forgotten label")
@@ -150,11 +154,11 @@ def check_stop_gradients(sfd):
 
     # the psi step alone, redone by hand: what the step left in fake.grad must be its gradient and nothing else
     torch.manual_seed(5)
-    c_phi, c_psi, _ = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]))
+    c_phi, c_psi, _ = sfd.draw_labels(32, r.override, torch.tensor([1, 2, 3, 4]), torch.eye(5))
     z = torch.randn(32, 2, dtype=torch.float64)
     generator, fake = Linear(1), Linear(2)
     with torch.no_grad():
-        x_g = generator(2.5 * z, 2.5, c_psi)
+        x_g = generator(2.5 * z, torch.full((32, 1), 2.5), c_psi)
     sigma = (1.2 * torch.randn(32)).exp().view(-1, 1)
     x_t = x_g + sigma * torch.randn_like(x_g)
     L = (((sigma ** 2 + 0.25) / (0.5 * sigma) ** 2) * (fake(x_t, sigma, c_psi) - x_g) ** 2).sum(1).mean()
@@ -168,7 +172,7 @@ def check_stop_gradients(sfd):
     u = 0.8 * torch.rand(32)  # the theta step by hand, after psi's update
     sigma = (0.002 ** (1 / 7) + u * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7
     eps = torch.randn_like(x_g)
-    x = generator(2.5 * z, 2.5, c_psi)
+    x = generator(2.5 * z, torch.full((32, 1), 2.5), c_psi)
     S, _ = independent_S(Linear(3), fake, x, c_phi, c_psi, sigma.view(-1, 1), eps, 1.2)
     L = (S * torch.where(r.forgotten, 0.7, 1.0)).mean()
     for p, q in zip(torch.autograd.grad(L, list(generator.parameters())), r.generator.parameters()):
@@ -182,7 +186,7 @@ def check_anchor(sfd):
     anchor = Linear(4)
     r, plain = one_step(sfd, anchor=anchor), one_step(sfd)
     generator = Linear(1)
-    x_g, x_0 = (D(2.5 * r.z, 2.5, r.c_psi) for D in (generator, Linear(4)))
+    x_g, x_0 = (D(2.5 * r.z, torch.full((32, 1), 2.5), r.c_psi) for D in (generator, Linear(4)))
     L = 0.3 * ((x_g - x_0.detach())[~r.forgotten] ** 2).sum() / 32
     for p, q, g in zip(r.generator.parameters(), plain.generator.parameters(),
                        torch.autograd.grad(L, list(generator.parameters()))):
@@ -207,6 +211,25 @@ def check_guided(sfd):
             assert torch.allclose(a, b, rtol=1e-9), "the gradient of the guided teacher"
 
 
+def check_part_that_learns(sfd):
+    """A generator of which only some weights learn: the others stay and get no gradient, and the gradient of a second
+    step is that step's alone."""
+    torch.manual_seed(5)
+    generator, fake, teacher = Linear(1), Linear(2), Linear(3)
+    generator.A.requires_grad_(False)
+    before, gradients = generator.A.clone(), []
+    theta = torch.optim.SGD([generator.B, generator.s], 0.0)  # at a rate of zero both steps have the same gradient
+    psi = torch.optim.SGD(fake.parameters(), 0.0)
+    labels = sfd.draw_labels(32, torch.tensor([3, 1, 2, 3, 4]), torch.tensor([1, 2, 3, 4]), torch.eye(5))
+    z = torch.randn(32, 2, dtype=torch.float64)
+    for _ in range(2):
+        torch.manual_seed(6)
+        sfd.sfd_step(generator, fake, teacher, theta, psi, z, *labels, SETTINGS)
+        gradients.append(generator.B.grad.clone())
+    assert torch.equal(generator.A, before) and generator.A.grad is None, "a frozen weight was asked to learn"
+    assert torch.equal(*gradients) and gradients[0].abs().sum() > 0, "theta's gradient is not that of one step"
+
+
 def check_omega_floor(sfd):
     """Where the teacher returns x_g itself, omega is its floor, 1e-5."""
     x_g = torch.ones(2, 3, 4, 4, dtype=torch.float64)
@@ -216,12 +239,36 @@ def check_omega_floor(sfd):
 
 
 CHECKS = [check_value_and_gradient, check_fake_loss, check_labels, check_share, check_stop_gradients, check_anchor,
-          check_guided, check_omega_floor]
+          check_guided, check_part_that_learns, check_omega_floor]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_the_method(check):
     check(sfd_minimal)
+
+
+@pytest.mark.parametrize("name, alpha", [("sid_10", 1.0), ("sid_12", 1.2), ("ddpm_10", 1.0), ("ddpm_12", 1.2),
+                                         ("sid_psi", None), ("ddpm_psi", None)])
+def test_losses_are_those_of_the_official_code(name, alpha, monkeypatch):
+    """S and dS/dx_g, or L_psi, as the official SiD code (EDM) and the official SFD code (DDPM) computed them."""
+    with np.load(GOLDEN) as file:
+        golden = {k: torch.tensor(file[k]) for k in file.files}
+    x_g, c_phi, c_psi = golden["x_g"].requires_grad_(), golden["c_phi"], golden["c_psi"]
+    teacher, fake = (lambda x, sigma, c, A=golden[f"A_{of}"], b=golden[f"b_{of}"]:
+                     torch.tanh(x.flatten(1) @ A / (1 + sigma.flatten(1)) + c @ b).view_as(x) for of in ("phi", "psi"))
+    sid = name.startswith("sid")
+    alpha_bar = (1 - golden["ddpm_betas"].double()).cumprod(0)[golden["ddpm_t"]].view(-1, 1, 1, 1)
+    sigma = golden[f"{name}_sigma"] if sid else ((1 - alpha_bar) / alpha_bar).sqrt().float()
+    monkeypatch.setattr(torch, "randn_like", lambda _: golden[f"{name}_eps" if sid else "ddpm_eps"])
+    if alpha is None:
+        got, want = sfd_minimal.fake_score_loss(fake, x_g.detach(), c_psi, sigma), golden[f"{name}_L"]
+        if not sid:  # the official DDPM code weighs by 1 / sigma^2
+            got = got * 0.5 ** 2 / (sigma.flatten() ** 2 + 0.5 ** 2)
+    else:
+        got, want = sfd_minimal.score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha), golden[f"{name}_S"]
+        gradient, expected = torch.autograd.grad(got.sum(), x_g)[0], golden[f"{name}_grad"]
+        assert (gradient - expected).norm() < 1e-5 * expected.norm()
+    assert (got - want).norm() < 1e-5 * want.norm()
 
 
 MUTATIONS = {  # name: (line as it is, line broken)
@@ -235,13 +282,13 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "psi fed the override label": ("x_g, c_phi, c_psi, sigma, s.alpha)", "x_g, c_phi, c_phi, sigma, s.alpha)"),
     "psi trained on the override label": ("x_g.detach(), c_psi, sigma", "x_g.detach(), c_phi, sigma"),
     "x_g not detached in the psi step": ("fake_score_loss(fake, x_g.detach(),", "fake_score_loss(fake, x_g,"),
-    "gradient left in psi and phi": ("gradient = torch.autograd.grad(L_theta, theta)",
-                                     "L_theta.backward(); gradient = [p.grad for p in theta]"),
+    "gradient left in psi and phi": ("L_theta.backward(inputs=theta)", "L_theta.backward()"),
+    "theta's last gradient kept": ("    optimizer_theta.zero_grad()\n", ""),
     "forgetting weight ignored": ("L_keep + s.lambda_forget * L_forget", "L_keep + L_forget"),
     "kept and forgotten swapped": ("(S * ~forgotten)", "(S * forgotten)"),
-    "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / B", ".sum(1) * forgotten).sum() / B"),
+    "anchor on the forgotten labels": (".sum(1) * ~forgotten).sum() / len", ".sum(1) * forgotten).sum() / len"),
     "anchor without its weight": ("L_theta + s.lambda_anchor *", "L_theta +"),
-    "anchor at another noise level": ("x_0 = anchor(s.sigma_init * z,", "x_0 = anchor(z,"),
+    "anchor at another noise level": ("anchor_loss(anchor, x_g, sigma_init * z,", "anchor_loss(anchor, x_g, z,"),
     "guidance of the kept labels": ("index_put((forgotten,), D_f + guidance * (D_phi[forgotten]",
                                     "index_put((~forgotten,), D_f + guidance * (D_phi[~forgotten]"),
     "guidance towards the forgotten label": ("D_f + guidance * (D_phi[forgotten] - D_f)",
@@ -250,7 +297,9 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "guidance from the override itself": ("and_rows(c_phi, c_psi)", "and_rows(c_phi, c_phi)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
-    "override ignored": ("one_hot(c_o), one_hot(c),", "one_hot(c), one_hot(c),"),
+    "override ignored": ("conditions[c_o], conditions[c],", "conditions[c], conditions[c],"),
+    "frozen weights asked to learn": ("for p in generator.parameters() if p.requires_grad]",
+                                      "for p in generator.parameters()]"),
 }
 
 

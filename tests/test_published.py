@@ -2,49 +2,52 @@
 import collections
 import os
 import pickle
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import common
-import edm_pickle
-import edm_unet
-import evaluate
-from conftest import program
+import sfd_minimal
+from conftest import module, run
+from lab import evaluate
+from lab.checkpoint import load_checkpoint, unpack
+from lab.edm_pickle import read_published
+from lab.errors import BadInput
 from test_unet import golden
 
 FILE = Path(__file__).parent / "fixtures" / "edm_ddpmpp_official_format.pkl"
 
 
 def test_reads_the_published_format(tmp_path):
-    model = edm_pickle.load_published(FILE).eval()
+    """As settings and weights, as a network, and as the checkpoint that the command makes of it."""
+    packed = read_published(FILE)
+    assert packed.keys() == {"net", "weights"} and not [k for k in packed["weights"] if "augment" in k]
+    run(*module("lab.convert"), FILE, "--data", "objects", tmp_path / "converted.pt", cwd=tmp_path)
     _, x, sigma, label, D_x = golden()
-    with torch.no_grad():
-        assert (model(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
-    subprocess.run([*program("edm_unet.py"), "convert", str(FILE), str(tmp_path / "converted.pt")], check=True)
-    again, info = edm_unet.load_checkpoint(tmp_path / "converted.pt")
-    again.bf16 = False
-    with torch.no_grad():
-        assert (again(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
-    assert again.settings == model.settings and info["data"] == "cifar10"
-    assert (model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,)
-            and model.settings.channel_mult == (1, 2, 2))
+    (direct, of), (converted, info) = load_checkpoint(FILE), load_checkpoint(tmp_path / "converted.pt")
+    for model in (unpack(packed).eval(), direct, converted):
+        model.bf16 = False
+        with torch.no_grad():
+            assert (model(x, sigma, label) - D_x).norm() / D_x.norm() < 1e-5
+        assert (model.settings.dropout == 0.13 and model.settings.attn_resolutions == (8,)
+                and model.settings.channel_mult == (1, 2, 2))
+    assert of["data"] == "cifar10" and info["data"] == "objects"
+    assert of["classes"] == info["classes"] == [str(k) for k in range(10)]
 
 
-def test_a_published_pickle_is_a_teacher(tmp_path):
+def test_a_published_pickle_is_a_teacher(tmp_path, monkeypatch, capsys):
     """The command of the README, on a file of that format with smaller images than the judges of CIFAR-10 know."""
-    done = subprocess.run([*program("sfd_minimal.py"), "--teacher", str(FILE), "--data", "cifar10",
-                           "--forget", "0", "--to", "1", "--steps", "2", "--batch", "4"],
-                          cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "the judge knows 10 classes of 3x32x32 images; this run will not be judged" in done.stdout
-    generator, info = edm_unet.load_checkpoint(tmp_path / "runs" / "cifar10-forget0-to1" / "generator.pt")
+    monkeypatch.chdir(tmp_path)
+    sfd_minimal.main(["--teacher", str(FILE), "--data", "cifar10", "--forget", "0", "--to", "1", "--steps", "2",
+                      "--batch", "4", "--device", "cpu"])
+    says = "the judge knows 10 classes of 3x32x32 images; this run will not be judged"
+    assert says in capsys.readouterr().out
+    generator, info = load_checkpoint(tmp_path / "runs" / "cifar10-forget0-to1" / "generator.pt")
     assert generator.settings.resolution == 16 and info["forget"] == [0]
-    with pytest.raises(common.BadInput, match="another data set"):
-        evaluate.main([str(tmp_path / "runs" / "cifar10-forget0-to1"), "--teacher", str(FILE)])
+    evaluate.main([str(tmp_path / "runs" / "cifar10-forget0-to1"), "--teacher", str(FILE), "--device", "cpu"])
+    assert says in capsys.readouterr().out
+    assert not (tmp_path / "runs" / "cifar10-forget0-to1" / "metrics.json").exists()
 
 
 class Reduce:
@@ -93,13 +96,13 @@ def test_hostile_files_are_refused(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make, word = HOSTILE[name]
     (tmp_path / "hostile.pkl").write_bytes(pickle.dumps(make(), protocol=4))
-    with pytest.raises(edm_unet.CheckpointError, match=word):
-        edm_pickle.load_published(tmp_path / "hostile.pkl")
+    with pytest.raises(BadInput, match=word):
+        read_published(tmp_path / "hostile.pkl")
     assert [p.name for p in tmp_path.iterdir()] == ["hostile.pkl"], "code in the file was run"
 
 
 @pytest.mark.parametrize("length", [0, 1, 100, 50_000, 1_800_000])
 def test_truncated_files_are_refused(length, tmp_path):
     (tmp_path / "cut.pkl").write_bytes(FILE.read_bytes()[:length])
-    with pytest.raises(edm_unet.CheckpointError, match="not a published EDM"):
-        edm_pickle.load_published(tmp_path / "cut.pkl")
+    with pytest.raises(BadInput, match="not a published EDM"):
+        read_published(tmp_path / "cut.pkl")

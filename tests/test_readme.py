@@ -1,51 +1,43 @@
-"""What the README says is so: its commands parse, its settings exist, its table is the one that the results make."""
+"""What the READMEs say is so: commands parse, lines of code are in the file, tables are those that the results make."""
 import csv
 import dataclasses
+import importlib
 import json
 import re
 import shlex
 
 import pytest
 
-import audit
-import baselines
-import common
-import evaluate
 import sfd_minimal
-import train_teacher
 from conftest import ROOT
-from edm_unet import read_file
+from lab import baselines, cli, methods, readme, report
+from lab.errors import RunFailed
 
 README = (ROOT / "README.md").read_text()
-COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", README, re.S)
-            for line in block.splitlines() if line.strip()]
-COMMANDS += re.findall(r"`(python [^`]+)`", README.split("what remains to be run")[1])
+ALL = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "teachers" / "README.md"]
+TEXT = "\n".join(path.read_text() for path in ALL).replace("\\\n", " ")  # a command may go on in the next line
+COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+            for line in block.splitlines() if line.strip()] + re.findall(r"`(python [^`]+)`", TEXT)
 
 
-def result(name):
-    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+def settings_of(words):
+    """(settings class, arguments) of the words of a command after `python`."""
+    name, rest = (words[1], words[2:]) if words[0] == "-m" else (words[0].removesuffix(".py"), words[1:])
+    assert (ROOT / (name.replace(".", "/") + ".py")).exists(), name
+    if "--sample" in rest:
+        name = "lab.sample"
+    return importlib.import_module(name).Settings, rest
 
 
-def as_json(settings):
-    """Settings the way that a result holds them: tuples are lists."""
-    return json.loads(json.dumps(settings))
-
-
-def unwrapped(text):
-    return " ".join(text.split())
-
-
-@pytest.mark.parametrize("line", [c for c in COMMANDS if "python " in c])
+@pytest.mark.parametrize("line", sorted({c for c in COMMANDS if "python " in c and "-m pytest" not in c}))
 def test_commands_are_real(line):
     words = shlex.split(line.split("&&")[-1])[1:]
-    if words[0] == "-m":
-        assert words == ["-m", "pytest"]
-        return
-    assert (ROOT / words[0]).exists()
-    settings = {"sfd_minimal.py": sfd_minimal.Settings, "train_teacher.py": train_teacher.Settings,
-                "baselines.py": baselines.Settings}.get(words[0])
-    if settings:
-        common.parse(settings, words[1:], "")
+    if words[0].startswith("notebooks/"):
+        assert (ROOT / words[0]).exists()
+    elif len(words) > 2 or words[0] != "-m":
+        cli.parse(*settings_of(words))
+    else:
+        settings_of(words)
 
 
 def test_the_two_commands():
@@ -54,120 +46,87 @@ def test_the_two_commands():
     assert "python -m pytest" in (ROOT / ".ci" / "run").read_text()
 
 
+def test_readmes_are_read_to_the_end():
+    assert len(README.splitlines()) <= 150
+    prose = re.sub(r"<!-- table:.*?<!-- end -->", "", (ROOT / "results" / "README.md").read_text(), flags=re.S)
+    assert len(prose.splitlines()) <= 150
+
+
 def test_options_named_are_options():
-    known = {f"--{f.name.replace('_', '-')}"
-             for s in (sfd_minimal.Settings, train_teacher.Settings, baselines.Settings) for f in dataclasses.fields(s)}
-    for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+",
-                             README.replace("fidelity --gpu 0 --fid --input1 images --input2 KEPT", "")):
-        assert option in known | {"--help", "--seconds", "--audit", "--published", "--profile"}, option
+    modules = ("sfd_minimal", "train_teacher", *(f"lab.{name}" for name in (
+        "audit", "baselines", "bench", "evaluate", "judge", "report", "sample", "sweep")))
+    known = {cli.option(f.name) for module in modules
+             for f in dataclasses.fields(importlib.import_module(module).Settings) if f.metadata["option"]}
+    for option in re.findall(r"(?<![\w<!-])--[a-z][a-z-]+", TEXT):
+        assert option in known | {"--help", "--check"}, option
 
 
 def test_lines_of_code_quoted_are_in_the_file():
     source = re.sub(r"\s+", " ", (ROOT / "sfd_minimal.py").read_text())
-    for quoted in re.findall(r"^\| .*? \| `(.+?)` \|$", README.split("## Use it")[0], re.M):
-        for part in re.split(r"\.\.\.\)?|;  ", quoted):
+    quoted = re.findall(r"^\| .*? \| `(.+?)` \|$", README.split("## Use it")[0], re.M)
+    assert len(quoted) == 10
+    for line in quoted:
+        for part in re.split(r"\.\.\.\)?|;  ", line):
             assert re.sub(r"\s+", " ", part.strip()) in source.replace("torch.randn_like(x_g)", "eps"), part
 
 
-def test_table_is_made_from_the_results():
-    table = README.split("<!-- table -->")[1].split("<!-- end of table -->")[0].strip()
-    assert table == evaluate.results_table(sorted((ROOT / "results").glob("*-*.json")))
+def test_tables_are_made_from_the_results(monkeypatch):
+    readme.main(["--check"])
+    monkeypatch.setattr(readme, "read_runs", lambda: [row | {"fd": "99"} for row in report.read_runs()])
+    with pytest.raises(RunFailed, match="first, summary"):
+        readme.main(["--check"])
 
 
-def test_full_runs_with_other_settings_are_in_the_results():
-    """Each run kept in results/tried, and each of the results that stands beside it, has its row, number for number."""
-    tried = sorted((ROOT / "results" / "tried").glob("*.json"))
-    text = (ROOT / "results" / "tried" / "README.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith("|")]
-    beside = {path.stem.split("_")[0].replace("mnist-forget", "mnist-paper-forget") for path in tried}
-    for path in tried + [ROOT / "results" / f"{name}.json" for name in beside]:
-        m = json.loads(path.read_text())
-        percent = [f"{100 * m[k]:.2f} %" for k in ("ua", "override_share", "kept_accuracy")]
-        assert [*percent, f"{m['fd'] / m['teacher']['fd']:.2f}", f"{m['recall']:.3f}"] in rows, path.name
+READ = report.read_runs()
 
 
-def test_tables_of_methods_and_audit_are_made_from_the_results():
-    between = lambda name: README.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0].strip()
-    compared, audited = result("mnist_baselines"), result("mnist_audit")
-    assert between("baselines") == baselines.table(compared) and between("audit") == audit.table(audited["networks"])
-    assert list(compared["methods"]) == list(baselines.METHODS) + list(baselines.ONE_STEP)
-    assert (set(audited["networks"]) >= {"sfd", "sfd_folded", "retrain", "retrain_sid", "embedding_copy"}
-            and compared["machine"]["torch"] and audited["machine"]["torch"])
-    for sentence in audit.in_words("sfd", audited["networks"]["sfd"]).splitlines():
-        assert sentence in unwrapped(README), sentence
+def test_rows_of_runs_say_where_they_come_from():
+    assert len({row["id"] for row in READ}) == len(READ) > 90
+    for row in READ:
+        if row["group"] not in ("teacher", "un_erased", "sweep"):
+            assert all(row[k] for k in ("seed", "steps", "lr", "lr_fake", "ua", "fd", "teacher_fd", "n", "seconds",
+                                        "device", "name", "torch", "protocol", "commit")), row["id"]
+
+
+@pytest.mark.parametrize("group, said", [("default", {}), ("two-stage", {"init_from": "teachers/mnist_sid.pt"})])
+def test_runs_of_the_readme_are_its_commands(group, said):
+    """Each run of the two groups has the settings that the command takes today; there are three of each."""
+    rows = [row for row in READ if row["group"] == group]
+    assert len(rows) == 3 and ("0", "1", "0") in [(r["forget"], r["to"], r["seed"]) for r in rows]
+    today = dataclasses.asdict(sfd_minimal.Settings(**said))
+    for row in rows:
+        for name in set(report.SETTINGS) - {"forget", "to", "seed", "teacher", "data"}:
+            assert row[name] == report.as_text(today[name]), (row["id"], name)
+        assert float(row["ua"]) >= (0.999 if group == "default" else 0.99) and row["n_forgotten"] == "5000"
 
 
 def test_methods_use_the_best_settings_of_their_sweep():
-    """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD,
-    as the README says."""
+    """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD."""
     with open(ROOT / "results" / "mnist_baselines_sweep.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    results = result("mnist_baselines")["methods"]
+    results = json.loads((ROOT / "results" / "mnist_baselines.json").read_text())["methods"]
+    assert list(results) == [*methods.METHODS, *baselines.ONE_STEP]
     for name in {row["method"] for row in rows}:
         best = max((row for row in rows if row["method"] == name),
                    key=lambda row: (float(row["ua"]) + float(row["kept_accuracy"]), -float(row["fd"])))
-        assert best["settings"] == baselines.METHODS[name].in_words(), name
-        assert (results[name]["settings"]["lr"] == baselines.METHODS[name].lr
-                and results[name]["settings"]["steps"] == baselines.METHODS[name].steps), name
-
-
-def test_headline_is_the_main_run():
-    m = result("mnist-forget0-to1")
-    assert m["settings"]["forget"] == ["0"] and m["settings"]["to"] == ["1"] and not m["settings"]["init_from"]
-    defaults = as_json(dataclasses.asdict(sfd_minimal.Settings()))
-    assert {k for k, v in m["settings"].items() if v != defaults[k]} <= {"to", "out", "resume", "overwrite"}
-    head = README.split("Run it")[0]
-    assert (f"held-out images is {m['fd_floor']:.2f}, " in unwrapped(head)
-            and m["machine"]["torch"].split("+")[0] in head)
-    assert f"| the teacher | 35 | | | {m['teacher']['kept_accuracy']:.2%} | {m['teacher']['fd']:.2f} | |\n" in head
-    start = ("from the one-step generator that comes with the project "
-             f"(made once, in {m['un_erased']['seconds']:,.0f} s)")
-    rows = {"**the command below**": "mnist-forget0-to1", start: "mnist-from-sid-forget0-to1",
-            "in one stage, but for longer, at lower rates": "mnist-hour-forget0-to1"}
-    for name, file in rows.items():
-        m = result(file)
-        assert m["n_forgotten"] == 5000 and m["ua_judge2"] == 1 and m["settings"]["seed"] == 0
-        row = [f"{m['ua']:.2%}", f"{m['override_share']:.2%}", f"{m['kept_accuracy']:.2%}",
-               f"{m['fd']:.2f}", f"{m['seconds']:.0f}"]
-        assert f"| {name} | 1 | {' | '.join(row)} |\n" in head, name
-
-
-def test_two_stages_are_one_command():
-    """In the README, in the comparison, and in each of the results."""
-    options = lambda words: as_json(common.comparable(common.parse(sfd_minimal.Settings, words, "")))
-    words = {"C_F": "0", "C_O": "1", "SID": "teachers/mnist_sid.pt"}
-    said = options(shlex.split(next(c for c in COMMANDS if "--init-from teachers/mnist_sid.pt" in c))[2:])
-    assert said == options([words.get(word, word) for word in baselines.ONE_STEP["sfd_anchored"]])
-    files = sorted((ROOT / "results").glob("mnist-from-sid-*.json"))
-    assert len(files) == 5
-    for path in files:
-        run = json.loads(path.read_text())["settings"]
-        assert {k for k in said if said[k] != run[k]} <= {"forget", "to", "seed"}, path.name
-
-
-@pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
-def test_teachers_readme_says_what_was_measured(teacher):
-    text = (ROOT / "teachers" / "README.md").read_text()
-    confusion = read_file(ROOT / "teachers" / f"{teacher}_measured.pt", "measured")["stats"]["confusion"]
-    assert f"{100 * confusion.diag().sum().item() / confusion.sum().item():.2f}" in text
-    assert " | ".join(f"{100 * a:.1f}" for a in (confusion.diag() / confusion.sum(1)).tolist()) in text
-
-
-def test_teachers_readme_says_what_the_one_step_generator_draws():
-    text = unwrapped((ROOT / "teachers" / "README.md").read_text())
-    measured = read_file(ROOT / "teachers" / "mnist_sid_measured.pt", "measured")
-    first, second = (c.diag().sum().item() / c.sum().item()
-                     for c in (measured["stats"]["confusion"], measured["confusion2"]))
-    assert f"{100 * first:.2f} % judged as their label ({100 * second:.2f} % by the second judge)" in text
+        assert best["settings"] == methods.METHODS[name].in_words(), name
+        assert (results[name]["settings"]["lr"] == methods.METHODS[name].lr
+                and results[name]["settings"]["steps"] == methods.METHODS[name].steps), name
 
 
 def test_files_named_exist():
-    for name in re.findall(r"(?<=\| `)[\w.]+/?(?=` \|)", README.split("## Files")[1]):
-        assert (ROOT / name).exists(), name
-    for name in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / name).exists(), name
+    for path in ALL:
+        for name in re.findall(r"\]\(([\w./-]+)(?:#[\w-]+)?\)", path.read_text()):
+            assert (path.parent / name).exists(), (path, name)
+        for name in re.findall(r"`((?:lab|teachers|results|notebooks|tests)/[\w./]+)`", path.read_text()):
+            assert (ROOT / name).exists(), (path, name)
 
 
 def test_requirements_give_a_reason_each():
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         assert re.match(r"^[a-z]+>=[\d.]+ +# \S", line), line
+
+
+def test_no_path_of_a_machine_is_committed():
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ALL, ROOT / "results" / "runs.csv"]:
+        assert not re.search(r"/(tmp|work|root|home)/", path.read_text()), path

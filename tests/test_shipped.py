@@ -6,49 +6,75 @@ import pytest
 import torch
 from PIL import Image
 
-import evaluate
-from conftest import ROOT
-from edm_unet import NetSettings, load_checkpoint, read_file
+from conftest import CPU, ROOT
+from edm_unet import EDMPrecond, NetSettings
+from lab import evaluate
+from lab.checkpoint import digest, load_checkpoint, load_teacher, read_file
+from lab.evaluate import Evaluator
+from lab.judge import class_stats, load_judge
+from lab.report import COLUMNS, read_runs
+from lab.sample import draw, load_generator
 
 TEACHERS = ROOT / "teachers"
-CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", params=["mnist", "mnist_plain"])
-def judged(request):
-    """200 images of a teacher by 35 evaluations, to be seen by both judges."""
-    teacher, _ = load_checkpoint(TEACHERS / f"{request.param}.pt")
-    labels = torch.arange(10).repeat_interleave(20)
-    images = evaluate.draw(evaluate.many_step(teacher), labels, teacher.settings, CPU, seed=5)
-    return request.param, labels, images
+def confusion(name, counts):
+    """(K, K) how often the judge takes a network's images, counts[k] of each label, for each class."""
+    generate, network, _ = load_generator(TEACHERS / name, CPU)
+    labels = torch.arange(10).repeat_interleave(torch.tensor(counts))
+    judge, _ = load_judge(TEACHERS / "mnist_judge.pt", CPU)
+    return class_stats(judge, draw(generate, labels, network, seed=5), labels, keep=0)["confusion"]
+
+
+def recorded(name):
+    """What stands beside every verdict: the same of 10,000 images, as it was measured once."""
+    return read_file(TEACHERS / f"{name}_measured.pt", "measured")
+
+
+def accuracy(confusion):
+    return (confusion.diag().sum() / confusion.sum()).item()
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """120 images of the teacher by 35 evaluations."""
+    generate, teacher, info = load_generator(TEACHERS / "mnist.pt", CPU)
+    assert info["nfe"] == 35
+    labels = torch.arange(10).repeat_interleave(12)
+    return labels, draw(generate, labels, teacher, seed=5)
 
 
 @pytest.mark.parametrize("number", ["", "2"])
-def test_teacher_and_judges_agree(judged, number):
-    name, labels, images = judged
-    judge, info = evaluate.load_judge(TEACHERS / f"mnist_judge{number}.pt", CPU)
+def test_teacher_and_judges_agree(drawn, number):
+    labels, images = drawn
+    judge, info = load_judge(TEACHERS / f"mnist_judge{number}.pt", CPU)
     assert info["accuracy"] >= 0.994
-    confusion = evaluate.class_stats(judge, images, labels, keep=0)["confusion"]
-    remembered = read_file(TEACHERS / f"{name}_measured.pt", "measured")
-    recorded = remembered["stats"]["confusion"].double()
-    accuracy = (recorded.diag().sum() / recorded.sum()).item()
-    assert recorded.sum() == 10_000
-    assert confusion.diag().sum().item() / 200 > accuracy - 0.03
+    of = {"": recorded("mnist")["stats"]["confusion"], "2": recorded("mnist")["confusion2"]}[number]
+    assert of.sum() == 10_000
+    assert accuracy(class_stats(judge, images, labels, keep=0)["confusion"]) > accuracy(of) - 0.03
+
+
+def test_the_earlier_teacher_is_one_still():
+    """Results of results/plain_teacher are of it."""
+    teacher, info = load_teacher(TEACHERS / "mnist_plain.pt", "mnist", CPU)
+    assert teacher.shape == (1, 28, 28) and len(info["classes"]) == 10 and len(teacher.conditions) == 10
+    assert info["sha256"] == digest(TEACHERS / "mnist_plain.pt") != digest(TEACHERS / "mnist.pt")
 
 
 @pytest.mark.parametrize("number", ["", "2"])
 def test_judges_of_cifar10_know_photographs(number):
     """On the first five test images of each class, one class per row of the picture,
     and as they were recorded on all of them."""
-    judge, info = evaluate.load_judge(TEACHERS / f"cifar10_judge{number}.pt", CPU)
+    judge, info = load_judge(TEACHERS / f"cifar10_judge{number}.pt", CPU)
     with Image.open(ROOT / "tests" / "fixtures" / "cifar10_jpeg_test.png") as picture:
         images = torch.tensor(np.asarray(picture)).reshape(10, 32, 5, 32, 3).permute(0, 2, 4, 1, 3).flatten(0, 1)
     labels = torch.arange(10).repeat_interleave(5)
-    stats = evaluate.class_stats(judge, images, labels, keep=0)
+    stats = class_stats(judge, images, labels, keep=0)
     assert stats["confusion"].diag().sum() >= 42 and info["accuracy"] > 0.85
-    assert (f"{100 * info['accuracy']:.2f} %" in (TEACHERS / "README.md").read_text()
-            and f"{100 * info['accuracy']:.2f} %" in (ROOT / "README.md").read_text())
-    mirrored = evaluate.class_stats(judge, images.flip(3), labels, keep=0)
+    (line,) = (line for line in (TEACHERS / "README.md").read_text().splitlines()
+               if line.startswith(f"| `cifar10_judge{number}.pt`"))
+    assert f"{100 * info['accuracy']:.2f} %" in line
+    mirrored = class_stats(judge, images.flip(3), labels, keep=0)
     assert torch.allclose(stats["mean"], mirrored["mean"], atol=1e-4), (
         "a judge of photographs does not mind which way they look")
     if number == "":
@@ -56,44 +82,38 @@ def test_judges_of_cifar10_know_photographs(number):
         assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
 
 
-@pytest.mark.parametrize("teacher", ["mnist", "mnist_plain"])
-def test_recorded_teacher_belongs_to_these_files(teacher):
-    names = [f"{teacher}.pt", "mnist_judge.pt", "mnist_judge2.pt"]
-    assert (read_file(TEACHERS / f"{teacher}_measured.pt", "measured")["fingerprint"]
-            == evaluate.digest(*(TEACHERS / n for n in names)))
+@pytest.mark.parametrize("name", ["mnist", "mnist_sid"])
+def test_what_was_recorded_belongs_to_these_files(name):
+    """So that a first run need not measure it again."""
+    memory = recorded(name)
+    assert memory["files"] == digest(*(TEACHERS / n for n in (f"{name}.pt", "mnist_judge.pt", "mnist_judge2.pt")))
+    assert memory["protocol"] == evaluate.PROTOCOL and memory["dtype"] == "float32" and memory["machine"]["torch"]
+    assert memory["per_label"] == evaluate.PER_LABEL == 1000 and memory["stats"]["confusion"].sum() == 10_000
 
 
 def test_one_step_generator_is_of_this_teacher():
-    sid, info = load_checkpoint(TEACHERS / "mnist_sid.pt")
-    assert info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt") and info["forget"] == []
-    judge, _ = evaluate.load_judge(TEACHERS / "mnist_judge.pt", CPU)
-    labels = torch.arange(10).repeat_interleave(30)
-    images = evaluate.draw(evaluate.one_step(sid, info["sigma_init"]), labels, sid.settings, CPU, seed=5)
-    confusion = evaluate.class_stats(judge, images, labels, keep=0)["confusion"]
-    recorded = read_file(TEACHERS / "mnist_sid_measured.pt", "measured")["stats"]["confusion"].double()
-    assert recorded.sum() == 10_000
-    assert confusion.diag().sum().item() / 300 > (recorded.diag().sum() / recorded.sum()).item() - 0.03
+    _, info = load_checkpoint(TEACHERS / "mnist_sid.pt")
+    assert info["teacher_sha256"] == digest(TEACHERS / "mnist.pt") and info["forget"] == []
+    assert accuracy(confusion("mnist_sid.pt", [30] * 10)) > accuracy(recorded("mnist_sid")["stats"]["confusion"]) - 0.03
 
 
 def test_un_erased_generator_is_that_of_the_teacher_or_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no runs/ holds another
-    path, _, info = evaluate.un_erased("mnist", evaluate.digest(TEACHERS / "mnist.pt"), CPU)
+    evaluator = Evaluator.find(*load_teacher("", "mnist", CPU), [0], [1])
+    path, _, info = evaluator.un_erased()
     assert path == TEACHERS / "mnist_sid.pt" and info["forget"] == []
-    assert evaluate.un_erased("mnist", evaluate.digest(TEACHERS / "mnist_plain.pt"), CPU) is None
+    evaluator = Evaluator.find(*load_teacher(TEACHERS / "mnist_plain.pt", "mnist", CPU), [0], [1])
+    assert evaluator.un_erased() is None
 
 
 def test_forgetful_generator_is_of_this_teacher_and_forgets():
-    G, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
-    assert (info["teacher_sha256"] == evaluate.digest(TEACHERS / "mnist.pt")
-            and (info["forget"], info["to"]) == ([0], [1]))
-    judge, _ = evaluate.load_judge(TEACHERS / "mnist_judge.pt", CPU)
-    labels = torch.arange(10).repeat_interleave(30)
-    confusion = evaluate.class_stats(
-        judge, evaluate.draw(evaluate.one_step(G, info["sigma_init"]), labels, G.settings, CPU, seed=5),
-        labels, keep=0)["confusion"]
-    m = json.loads((ROOT / "results" / "mnist-paper-forget0-to1.json").read_text())
-    assert confusion[0, 0] == 0 and confusion[0, 1] >= 28
-    assert confusion.diag()[1:].sum().item() / 270 > m["kept_accuracy"] - 0.03
+    _, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
+    assert info["teacher_sha256"] == digest(TEACHERS / "mnist.pt") and (info["forget"], info["to"]) == ([0], [1])
+    c = confusion("mnist_forget0_to1.pt", [500] + [30] * 9)
+    (row,) = (r for r in read_runs() if r["id"] == "paper-900-mnist-forget0-to1-seed0")
+    assert info["settings"]["steps"] == int(row["steps"]) == 900
+    assert c[0, 0] <= 1 and c[0, 1] >= 495, "of 500; once in 5,000 the judge sees a 0"
+    assert c.diag()[1:].sum().item() / 270 > float(row["kept_accuracy"]) - 0.03
 
 
 def test_weights_are_stored_in_half_precision():
@@ -105,18 +125,41 @@ def test_weights_are_stored_in_half_precision():
 
 
 def test_committed_results_carry_their_circumstances():
-    files = sorted((ROOT / "results").rglob("*-*.json"))
-    assert files
-    for f in files:
-        m = json.loads(f.read_text())
-        assert m["machine"]["torch"] and m["settings"]["seed"] is not None and m["n"] and m["seconds"] > 0, f
-        assert m["teacher"]["nfe"] == 35, f
+    rows = read_runs()
+    assert rows and all(tuple(row) == COLUMNS for row in rows)
+    assert len({row["id"] for row in rows}) == len(rows)
+    beside = {(row["teacher"], row["forget"], row["to"], row["protocol"]) for row in rows if row["group"] == "teacher"}
+    for row in rows:
+        assert row["forget"] and row["to"] and row["fd"] and row["kept_accuracy"] and row["n"] and row["protocol"], row
+        if row["group"] in ("teacher", "un_erased"):
+            assert row["nfe"] == {"teacher": "35", "un_erased": "1"}[row["group"]], row
+            continue
+        assert row["seed"] and int(row["steps"]) > 0 and float(row["lr"]) > 0 and row["commit"], row
+        if row["group"] != "sweep":  # quick looks, all on one machine
+            assert row["torch"] and row["device"] and float(row["seconds"]) > 0 and float(row["teacher_fd"]) > 0, row
+            assert (row["teacher"], row["forget"], row["to"], row["protocol"]) in beside, row
+    for name in ("baselines", "audit"):
+        assert json.loads((ROOT / "results" / f"mnist_{name}.json").read_text())["machine"]["torch"], name
 
 
-def test_a_damaged_memory_is_made_again(tmp_path, capsys):
-    referee, network = evaluate.Referee("mnist", torch.device("cpu"), [0], [1]), tmp_path / "network.pt"
-    network.write_bytes(b"known remembers what was drawn, not what this file holds")
-    known = lambda: referee.known(network, lambda z, c: z, NetSettings(), 2, "")[1]
-    first = known()
+def test_a_memory_is_used_as_long_as_it_says_the_same(tmp_path, capsys, monkeypatch):
+    """Not with another file, protocol or fewer images, nor damaged."""
+    evaluator, path = Evaluator("mnist", CPU, [0], [1]), tmp_path / "network.pt"
+    path.write_bytes(b"known remembers what was drawn, not what this file holds")
+    network, asked = EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1, patch=4)), []
+    generate = lambda z, c: asked.append(len(z)) or z
+
+    def again(per_label=2):
+        asked.clear()
+        content = evaluator.known(path, generate, network, per_label, "")
+        return sum(asked), content["stats"]["confusion"]
+
+    n, first = again()
+    assert n == 20 and first.sum() == 20 and again(1)[0] == 0 and torch.equal(again()[1], first)
+    assert again(3)[0] == 30 and again(2)[0] == 0, "what was measured of more images does for fewer"
     (tmp_path / "network_measured.pt").write_bytes(b"cut short")
-    assert torch.equal(known(), first) and "measured again" in capsys.readouterr().out
+    assert again()[0] == 20 and "measured again" in capsys.readouterr().out and torch.equal(again()[1], first)
+    path.write_bytes(b"another network")
+    assert again()[0] == 20 and again()[0] == 0
+    monkeypatch.setattr(evaluate, "PROTOCOL", 0)
+    assert again()[0] == 20

@@ -1,14 +1,15 @@
 """The teacher's training: what its loss is smallest at, and where a run begins."""
+import dataclasses
 from math import inf
 
 import pytest
 import torch
 
-import common
 import train_teacher
-from closed_form import Guided, ring
 from conftest import ROOT
-from edm_unet import load_checkpoint
+from lab.checkpoint import load_checkpoint
+from lab.closed_form import Guided, ring
+from lab.errors import BadInput
 
 
 @pytest.mark.parametrize("guidance, below, sigmas, found", [
@@ -33,13 +34,17 @@ def test_the_loss_is_smallest_at_the_guided_denoiser(guidance, below, sigmas, fo
 
 def test_a_run_can_begin_at_another_teacher(tmp_path, monkeypatch, mnist_dir, tiny):
     monkeypatch.chdir(tmp_path)
-    argv = ["--data", "mnist", "--data-dir", str(mnist_dir), "--steps", "1", "--batch", "4", "--guidance", "1.3"]
+    recipe = train_teacher.TEACHERS["mnist"]
+    monkeypatch.setitem(train_teacher.TEACHERS, "mnist",
+                        recipe | {"net": dataclasses.replace(recipe["net"], model_channels=8)})
+    argv = ["--data", "mnist", "--data-dir", str(mnist_dir), "--steps", "1", "--batch", "4", "--guidance", "1.3",
+            "--device", "cpu"]
     train_teacher.main([*argv, "--out", "first"])
     train_teacher.main([*argv, "--out", "second", "--init-from", "first/teacher.pt", "--lr", "1e-9"])
     (first, _), (second, info) = (load_checkpoint(tmp_path / out / "teacher.pt") for out in ("first", "second"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters()))
     assert info["made_by"]["guidance"] == 1.3 and info["made_by"]["init_from"] == "first/teacher.pt"
-    with pytest.raises(common.BadInput, match="another network"):
+    with pytest.raises(BadInput, match="another network"):
         train_teacher.main([*argv, "--out", "third", "--init-from", str(tiny)])
-    with pytest.raises(common.BadInput, match="one-step generator, not a teacher"):
+    with pytest.raises(BadInput, match="one-step generator, not a teacher"):
         train_teacher.main([*argv, "--out", "third", "--init-from", str(ROOT / "teachers" / "mnist_forget0_to1.pt")])

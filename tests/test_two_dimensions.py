@@ -2,14 +2,13 @@
 because of the score-forgetting term. The project's own step, small MLPs for the generator and the fake score."""
 import copy
 import math
-import types
 
 import pytest
 import torch
 
-from closed_form import MLP, SD, Guided, fit, ring
 from edm_unet import heun_sampler
-from sfd_minimal import decay, draw_labels, sfd_step
+from lab.closed_form import MLP, SD, Guided, fit, ring
+from sfd_minimal import Settings, decay, draw_labels, sfd_step
 
 C_F, C_O = 0, 2
 
@@ -27,7 +26,7 @@ def run(truth, start, lambda_forget, steps):
     torch.manual_seed(1)
     generator, fake = copy.deepcopy(start), copy.deepcopy(start)
     average = copy.deepcopy(start)
-    s = types.SimpleNamespace(sigma_init=2.5, p_mean=0.0, alpha=1.0, lambda_forget=lambda_forget)
+    s = Settings(lambda_forget=lambda_forget)
     theta, psi = (torch.optim.Adam(m.parameters(), 1e-3, betas=(0.0, 0.999), fused=True) for m in (generator, fake))
     override = torch.arange(5)
     override[C_F] = C_O
@@ -35,7 +34,7 @@ def run(truth, start, lambda_forget, steps):
     for step in range(steps):
         for optimizer in (theta, psi):
             optimizer.param_groups[0]["lr"] = 1e-3 * decay(step, steps)
-        labels = draw_labels(256, override, kept)
+        labels = draw_labels(256, override, kept, torch.eye(5))
         sfd_step(generator, fake, truth, theta, psi, torch.randn(256, 2), *labels, s, SD)
         with torch.no_grad():
             for a, g in zip(average.parameters(), generator.parameters()):
@@ -45,7 +44,7 @@ def run(truth, start, lambda_forget, steps):
 
 @torch.no_grad()
 def drawn(generator, k, n=20_000):
-    x = generator(2.5 * torch.randn(n, 2), 2.5, torch.eye(5)[[k] * n])
+    x = generator(2.5 * torch.randn(n, 2), torch.full((n, 1), 2.5), torch.eye(5)[[k] * n])
     return x.mean(0), x.T.cov()
 
 

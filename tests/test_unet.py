@@ -1,13 +1,15 @@
 """edm_unet.py against the official network's outputs and against closed forms."""
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import edm_unet
-from closed_form import Gaussians, ring
-from edm_unet import EDMPrecond, NetSettings, fold, heun_sampler, pack, sigma_grid, unpack
+from conftest import save_network
+from edm_unet import EDMPrecond, NetSettings, heun_sampler, sigma_grid
+from lab.checkpoint import load_checkpoint
+from lab.closed_form import Gaussians, ring
 
 GOLDEN = Path(__file__).parent / "fixtures" / "edm_ddpmpp_golden.npz"
 GOLDEN_NET = NetSettings(resolution=16, channels=3, model_channels=16, channel_mult=(1, 2, 2), num_blocks=2,
@@ -44,7 +46,16 @@ def test_contract_of_sigma_and_label():
         assert model(x.double(), 0.7, label).dtype == torch.float32
         torch.nn.init.normal_(model.model.dec["4x4_aux_conv"].weight)
         assert not torch.equal(model(x, 0.7, label), model(x, 0.7, torch.zeros_like(label)))
+        assert torch.equal(model(x, 0.7, None), model(x, 0.7, torch.zeros_like(label)))
         assert not torch.equal(model(x, 0.7, label), model(x, 0.8, label))
+
+
+def test_a_teacher_says_what_to_ask_for_and_what_it_draws():
+    model = EDMPrecond(NetSettings(resolution=8, channels=3, num_classes=4, model_channels=16, channel_mult=(1,),
+                                   num_blocks=1, attn_resolutions=(), sigma_data=0.7))
+    assert torch.equal(model.conditions, torch.eye(4)) and model.shape == (3, 8, 8) and model.sigma_data == 0.7
+    model.to("meta")
+    assert model.conditions.device.type == "meta", "the labels go with the network"
 
 
 def test_patch_folds_and_unfolds():
@@ -85,18 +96,21 @@ def test_grid_ends_where_edm_says():
 
 
 def test_heun_draws_the_mixture():
-    torch.manual_seed(0)
-    truth = ring()
-    for k in range(len(truth.means)):
-        x = heun_sampler(truth, torch.randn(10_000, 2, dtype=torch.float64), torch.eye(5)[[k] * 10_000], steps=64)
-        std = truth.covs[k].diagonal().sqrt()
-        assert ((x.mean(0) - truth.means[k]).abs() / std).max() < 0.05
-        assert (x.T.cov() - truth.covs[k]).norm() / truth.covs[k].norm() < 0.05
+    """From quasi-random noise, whose moments 2,048 points have as 100,000 random ones would."""
+    mixture = ring()
+    truth = lambda x, sigma, c: mixture(x, sigma[:1], c)  # all rows are at one level: its matrices, once
+    u = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(2048, dtype=torch.float64)
+    z = math.sqrt(2) * torch.erfinv(2 * u - 1)
+    for k in range(len(mixture.means)):
+        x = heun_sampler(truth, z, torch.eye(5)[[k] * len(z)], steps=64)
+        std = mixture.covs[k].diagonal().sqrt()
+        assert ((x.mean(0) - mixture.means[k]).abs() / std).max() < 0.05
+        assert (x.T.cov() - mixture.covs[k]).norm() / mixture.covs[k].norm() < 0.05
     # no label: all of it
-    x = heun_sampler(truth, torch.randn(10_000, 2, dtype=torch.float64), torch.zeros(10_000, 5), steps=64)
-    share = torch.cdist(x, truth.means).argmin(1).bincount() / len(x)
+    x = heun_sampler(truth, z, torch.zeros(len(z), 5), steps=64)
+    share = torch.cdist(x, mixture.means).argmin(1).bincount() / len(x)
     assert (share - 0.2).abs().max() < 0.02
-    second = (truth.covs + truth.means[:, :, None] * truth.means[:, None]).mean(0)
+    second = (mixture.covs + mixture.means[:, :, None] * mixture.means[:, None]).mean(0)
     assert x.mean(0).norm() < 0.06 and (x.T.cov() - second).norm() / second.norm() < 0.04
 
 
@@ -120,20 +134,6 @@ def test_heun_from_a_lower_noise_level():
     assert torch.allclose(heun_sampler(D, z, torch.ones(100, 1), steps=64, sigma_max=2.0), exact, atol=2e-3)
 
 
-def test_folded_generator_knows_one_noise_level():
-    torch.manual_seed(0)
-    model = EDMPrecond(NetSettings(model_channels=16, channel_mult=(1,), num_blocks=1,
-                                   attn_resolutions=(), patch=4)).eval()
-    folded = unpack(pack(fold(model, 2.5))).eval()
-    x, labels = 2.5 * torch.randn(10, 1, 28, 28), torch.eye(10)
-    with torch.no_grad():
-        assert torch.allclose(folded(x, 2.5, labels), model(x, 2.5, labels), atol=1e-5)
-        at = lambda m, sigma: m.model(x, torch.full((10,), sigma).log() / 4, labels)
-        assert (torch.equal(at(folded, 0.5), at(folded, 2.5))
-                and not torch.allclose(at(model, 0.5), at(model, 2.5), atol=1e-3))
-    assert not [name for name in folded.state_dict() if "map_" in name]
-
-
 def test_heun_evaluations_and_guidance():
     calls = []
 
@@ -151,14 +151,30 @@ def test_heun_evaluations_and_guidance():
     assert torch.allclose(heun_sampler(D, z, torch.eye(4), guidance=2.0), twice, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape, level", [((4, 3, 8, 8), (4, 1, 1, 1)), ((4, 2), (4, 1))])
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_heun_keeps_to_the_contract(shape, level, guidance):
+    """Every call: sigma one number for each sample, with as many dimensions as x, from 80 down to 0.002."""
+    sigmas = []
+
+    def D(x, sigma, c):
+        assert sigma.shape == level and x.shape == shape and c.shape == (4, 4) and (sigma == sigma[0]).all()
+        sigmas.append(sigma.flatten()[0].item())
+        return x / (1 + sigma ** 2)
+
+    x = heun_sampler(D, torch.randn(shape), torch.eye(4), steps=18, guidance=guidance)
+    assert x.shape == shape and x.dtype == torch.float32
+    assert len(sigmas) == (35 if guidance == 1 else 70) and sigmas == sorted(sigmas, reverse=True)
+    assert sigmas[0] == pytest.approx(80) and sigmas[-1] == pytest.approx(0.002)
+
+
 def test_checkpoint_keeps_the_network(tmp_path):
     weights, x, sigma, label, D_x = golden()
     model = EDMPrecond(GOLDEN_NET).eval()
     model.load_state_dict(weights)
     for half, tolerance in ((False, 1e-6), (True, 2e-3)):
-        edm_unet.save_atomically({"kind": "denoiser", "data": "x", "classes": [], **edm_unet.pack(model, half)},
-                                 tmp_path / "net.pt")
-        again, info = edm_unet.load_checkpoint(tmp_path / "net.pt")
+        save_network(model, tmp_path / "net.pt", half, data="x")
+        again, info = load_checkpoint(tmp_path / "net.pt")
         again.bf16 = False
         assert again.settings == GOLDEN_NET and info["data"] == "x"
         with torch.no_grad():

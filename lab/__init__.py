@@ -1,0 +1,14 @@
+"""The laboratory of sfd_minimal.py: what the method stands on, and what stands on it. A room is a file; arrows go down.
+
+    bench, readme                                    how fast; the tables of the READMEs
+    sweep                                            which settings suit the other methods
+    baselines, audit                                 other methods; can it come back?
+    methods                                          their losses
+    [sfd_minimal.py, train_teacher.py]               at the root
+    evaluate                                         one verdict: UA, Frechet distance, precision and recall
+    judge, sample                                    classifiers; images out
+    run, data, convert, report                       runs that resume; images in; published pickles; numbers as tables
+    cli, checkpoint                                  settings from a command line; files <-> networks
+    device, labels, edm_pickle, figures, closed_form, [edm_unet.py]              the ground
+    errors                                           below it
+"""

@@ -1,0 +1,257 @@
+"""Other ways to make a diffusion model forget a class, side by side with SFD: one teacher, one judge, one protocol.
+
+    python -m lab.baselines --forget 0 --to 1                            # every method; --resume goes on with the rest
+    python -m lab.baselines --forget 0 --to 1 --method esd label_swap    # some of them
+"""
+import copy
+import dataclasses
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import sfd_minimal
+from edm_unet import EDMPrecond
+from lab.checkpoint import load_checkpoint, load_teacher, pack, save_atomically
+from lab.cli import check_ranges, command, parse, setting
+from lab.data import load_images
+from lab.device import machine, pick_device, seed_everything
+from lab.errors import BadInput
+from lab.evaluate import PROTOCOL, Evaluator
+from lab.figures import methods_figure
+from lab.labels import label_number
+from lab.methods import METHODS, World
+from lab.report import markdown
+from lab.run import Run, refuse_changed, update_average
+from lab.sample import TEACHER_NFE, draw, load_generator, many_step, one_step
+
+ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_minimal.Settings
+    "sid": None,  # the generator that comes with the project, which has forgotten nothing
+    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=300, lr=5e-4, lr_fake=1.7e-3),
+    "sfd": dict(),
+    "sfd_two_stage": dict(init_from="sid"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------- one method
+
+@dataclass
+class Training:
+    """What one method's result depends on; a run with other settings is not resumed."""
+    method: str
+    forget: int
+    to: int
+    seed: int
+    steps: int
+    batch: int
+    lr: float
+    ema: float
+    only: str
+    options: dict
+    out: Path = setting("", "folder", trains=False)
+    save_every: float = setting(30.0, "seconds between checkpoints", trains=False)
+    resume: bool = setting(False, "go on", trains=False)
+    overwrite: bool = setting(False, "begin anew", trains=False)
+
+
+def train(method, world, network, average, optimizer, first=0):
+    """Steps from number `first` on: yields the loss of each."""
+    for step in range(first, method.steps):
+        optimizer.param_groups[0]["lr"] = method.lr * (1 - step / method.steps)
+        loss = method.loss(network, world)
+        optimizer.zero_grad()
+        loss.backward()
+        for p, mask in zip(network.parameters(), world.mask):  # salun's; empty elsewhere
+            p.grad *= mask
+        optimizer.step()
+        update_average(average, network, method.ema, step)
+        yield {"loss": loss.detach()}
+
+
+def unlearn(name, method, bench, out, resume):
+    """(network, settings, seconds): one method from the teacher to its end, in the folder `out`."""
+    s, phi, device = bench.s, bench.teacher, bench.device
+    training = Training(name, bench.c_f, bench.c_o, s.seed, method.steps, method.batch, method.lr, method.ema,
+                        method.only, method.options, out, s.save_every, resume, not resume)
+    seed_everything(s.seed)
+    world = World(phi, bench.c_f, bench.c_o, bench.info.get("made_by", {}), method.batch, device, bench.real_data)
+    for option, value in method.options.items():
+        setattr(world, option, value)
+    network = EDMPrecond(phi.settings).to(device) if method.from_scratch else copy.deepcopy(phi)
+    network.bf16 = phi.bf16
+    network.requires_grad_(True)
+
+    start = time.monotonic()
+    method.before(network, world)
+    preparation = time.monotonic() - start
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    for weight, p in network.named_parameters():
+        p.requires_grad_(method.only in weight)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], method.lr,
+                                 betas=(0.9, 0.99), fused=True)
+    state = {"network": network, "average": average, "optimizer": optimizer}
+    run = Run(training, state, pinned={"teacher": bench.info["sha256"]})
+    for _ in run.steps(train(method, world, **state, first=run.step)):
+        pass
+    settings = {k: v for k, v in dataclasses.asdict(training).items() if k not in ("out", "save_every", "resume",
+                                                                                   "overwrite")}
+    return average, settings, preparation + run.seconds
+
+
+def distill(name, bench, out, resume):
+    """(generator, its file's other entries) of a one-step method, in the folder `out`."""
+    s, changes, folder = bench.s, dict(ONE_STEP[name] or {}), Path(bench.s.out)
+    if name == "sid" or changes.get("init_from"):
+        found = bench.evaluator.un_erased()
+        if found is None:
+            raise BadInput(f"{name} needs a one-step generator of {bench.info['path']} that forgot nothing, "
+                           "which is not there")
+        path, generator, content = found
+        if name == "sid":
+            return generator, content
+        changes["init_from"] = os.path.relpath(path)  # what is recorded should not name the machine's folders
+    if changes.get("teacher"):
+        changes["teacher"] = os.path.relpath(folder / changes["teacher"] / "generator.pt")
+        if not Path(changes["teacher"]).exists():
+            raise BadInput(f"{name} starts from {changes['teacher']}, which is not there")
+    settings = sfd_minimal.Settings(**{"forget": (s.forget,), "to": (s.to,)} | changes, data=s.data, seed=s.seed,
+                                    device=s.device, out=str(out), save_every=s.save_every, resume=resume,
+                                    overwrite=not resume)
+    teacher, info = load_teacher(settings.teacher, s.data, bench.device)
+    labels = ([], []) if settings.forget == ("none",) else ([bench.c_f], [bench.c_o])
+    return sfd_minimal.train(settings, teacher, info, *labels)
+
+
+class Bench:
+    """What all methods share: teacher, judges, labels, real data where a method asks for it."""
+
+    def __init__(self, s):
+        self.s, self.device = s, pick_device(s.device)
+        self.teacher, self.info = load_teacher("", s.data, self.device)
+        K = len(self.teacher.conditions)
+        self.c_f, self.c_o = label_number(s.forget, K), label_number(s.to, K)
+        if self.c_f == self.c_o:
+            raise BadInput(f"--to {s.to} is itself to be forgotten: override it with a label that is kept")
+        self.evaluator = Evaluator.find(self.teacher, self.info, [self.c_f], [self.c_o])
+        if self.evaluator is None:
+            raise BadInput(f"without judges of {s.data} there is nothing to compare")
+        self._data = None
+
+    def real_data(self):
+        if self._data is None:
+            self._data = load_images(self.s.data, self.s.data_dir, None, train=True)[:2]
+        return self._data
+
+    def judge(self, generate, network, per_label, forgotten, what, erased=True):
+        counts = [forgotten if k == self.c_f else per_label for k in range(len(network.conditions))]
+        measured = self.evaluator.measure(generate, network, counts, progress=f"judging {what}")
+        return self.evaluator.report(measured, erased)
+
+
+def run_method(name, bench):
+    """Train and judge one method; its folder gets generator.pt and metrics.json. Returns the metrics."""
+    s, out = bench.s, Path(bench.s.out) / name
+    of = {"forget": bench.c_f, "to": bench.c_o, "teacher_sha256": bench.info["sha256"], "seed": s.seed,
+          "per_label": s.per_label, "protocol": PROTOCOL}
+    if s.resume and (out / "metrics.json").exists():
+        row = json.loads((out / "metrics.json").read_text())
+        refuse_changed(out, {k: row.get(k) for k in of}, of)
+        return row
+    resume = s.resume and (out / "checkpoint.pt").exists()
+    print(f"{name}: {'going on' if resume else 'starting'} in {out}")
+    if name in METHODS:
+        network, settings, seconds = unlearn(name, METHODS[name], bench, out, resume)
+        content, data = {"settings": settings, "seconds": seconds}, METHODS[name].data
+    else:
+        network, content = distill(name, bench, out, resume)
+        data = METHODS["retrain"].data if name == "retrain_sid" else "none"
+    content = {k: content[k] for k in ("settings", "seconds", "sigma_init") if k in content}
+    content |= {"data": s.data, "classes": bench.info["classes"], "forget": [bench.c_f], "to": [bench.c_o],
+                "teacher_sha256": bench.info["sha256"], "machine": machine(bench.device)}
+    save_atomically({"kind": "denoiser", **pack(network, half=True), **content}, out / "generator.pt")
+    # what is judged is what is saved, half precision and all
+    generate, network, saved = load_generator(out / "generator.pt", bench.device)
+    row = bench.judge(generate, network, s.per_label, 5 * s.per_label, name, erased=name != "sid")
+    row |= {"nfe": saved["nfe"], "real_data": data, "seconds": content["seconds"],
+            "settings": content["settings"]} | of
+    (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
+    return row
+
+
+# --------------------------------------------------------------------------------------------------- all, side by side
+
+def table(results):
+    """Markdown: one row per method, the teacher first."""
+    head = ["", "real images", "seconds", "NFE", "UA", "as override", "kept accuracy", "FD", "FD of the override",
+            "precision", "recall", "entropy under c_f"]
+    rows = []
+    for name, m in {"teacher": results["teacher"], **results["methods"]}.items():
+        rows.append([f"`{name}`", m["real_data"], f"{m['seconds']:.0f}" if name != "teacher" else "", m["nfe"],
+                     f"{m['ua']:.1%}", f"{m['override_share']:.1%}", f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}",
+                     f"{m['fd_override']:.1f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}",
+                     f"{m['entropy'][results['forget']]:.2f}"])
+    return markdown(head, rows)
+
+
+def picture(results, bench, path):
+    """One row of images per method: asked for c_f, and for a label to keep, from the same noise."""
+    other = next(k for k in bench.evaluator.kept if k != bench.c_o)
+    labels = torch.tensor([bench.c_f] * 8 + [other] * 8)
+    files = {"teacher": bench.info["path"]} | {name: Path(bench.s.out) / name / "generator.pt"
+                                               for name in results["methods"]}
+    rows = {}
+    for name, file in files.items():
+        generate, network, _ = load_generator(file, bench.device)
+        m = results["teacher"] if name == "teacher" else results["methods"][name]
+        rows[name] = (draw(generate, labels, network, seed=0),
+                      f"UA {m['ua']:.1%}   kept {m['kept_accuracy']:.1%}   FD {m['fd']:.1f}")
+    classes = bench.info["classes"]
+    methods_figure(rows, f"asked for {classes[bench.c_f]}, to be forgotten (framed), and for {classes[other]}", path)
+
+
+@dataclass
+class Settings:
+    forget: str = setting("0", "the label to forget")
+    to: str = setting("1", "the label that the methods with an override draw instead")
+    method: tuple = setting((*METHODS, *ONE_STEP), "methods to run", choices=(*METHODS, *ONE_STEP))
+    data: str = setting("mnist", "data set that the teacher was trained on")
+    data_dir: str = setting("data", "where torchvision keeps or downloads it, for the methods that need real images")
+    per_label: int = setting(200, "images judged under each label to keep; five times as many under c_f", above=0)
+    seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    out: str = setting("", "folder for the networks (default: runs/<data>-baselines-forget<f>-to<o>)")
+    results: str = setting("", "file for the numbers, the figure beside it (default: results/<data>_baselines.json)")
+    save_every: float = setting(30.0, "seconds between checkpoints", above=0)
+    resume: bool = setting(False, "keep what is finished in the folder, and go on with the rest")
+    overwrite: bool = setting(False, "replace what is in the folder")
+
+    def __post_init__(self):
+        check_ranges(self)
+        self.out = self.out or f"runs/{Path(self.data).name}-baselines-forget{self.forget}-to{self.to}"
+        self.results = self.results or f"results/{Path(self.data).name}_baselines.json"
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    bench, path = Bench(s), Path(s.results)
+    if Path(s.out).exists() and not (s.resume or s.overwrite):
+        raise BadInput(f"{s.out} holds a run already; continue it with --resume, replace it with --overwrite, "
+                       "or choose another --out")
+    teacher = bench.judge(many_step(bench.teacher), bench.teacher, s.per_label, 5 * s.per_label, "teacher",
+                          erased=False) | {"nfe": TEACHER_NFE, "real_data": "all"}
+    rows = {}
+    for name in s.method:
+        rows[name] = run_method(name, bench)
+        results = {"forget": bench.c_f, "to": bench.c_o, "seed": s.seed, "per_label": s.per_label,
+                   "protocol": PROTOCOL, "machine": machine(bench.device), "teacher": teacher, "methods": rows}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    picture(results, bench, path.with_suffix(".png"))
+    print(table(results), f"next: python -m lab.audit {s.out}    # can it come back? needs real images", sep="\n\n")
+
+
+if __name__ == "__main__":
+    command(main)

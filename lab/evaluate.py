@@ -1,0 +1,291 @@
+"""What the judges say of a generator: unlearning accuracy (UA), kept accuracy, Frechet distance (FD), recall.
+
+    python -m lab.evaluate runs/mnist-forget0-to1    # prints the verdict; writes metrics.json and samples.png there
+
+An FD is measured on the 128 features of this project's own judge. It is no FID; compare it only with the floor beside
+it, which is the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number
+comes from those.
+"""
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lab.checkpoint import digest, find_weights, load_checkpoint, load_teacher, read_file, save_atomically, weight_files
+from lab.cli import check_ranges, command, parse, setting
+from lab.device import machine, pick_device
+from lab.errors import BadInput
+from lab.figures import curves_figure, samples_figure
+from lab.judge import class_stats, load_judge
+from lab.report import markdown, percent
+from lab.sample import TEACHER_NFE, draw, many_step, one_step
+
+PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
+SHOWN = 20        # of them, those that the pictures show
+PROTOCOL = 2      # of drawing and judging; 2: the same z for the same label everywhere, float32 for every network
+
+
+# --------------------------------------------------------------------------------------------- numbers from statistics
+
+def moments(stats, labels):
+    """Mean (128,) and covariance (128, 128) of the equal-weight mixture of `labels`, float64."""
+    mean, second = stats["mean"][labels].double().mean(0), stats["second"][labels].double().mean(0)
+    return mean, second - mean.outer(mean)
+
+
+def sqrtm(c):
+    """Square root of a symmetric positive semi-definite matrix; rounding's negative eigenvalues are zero."""
+    values, vectors = torch.linalg.eigh((c + c.T) / 2)
+    return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+
+def frechet(a, b):
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of two (mean, covariance) pairs.
+
+    The inner matrix is symmetric and positive semi-definite, so that its root is real, unlike that of C_a C_b."""
+    (m_a, c_a), (m_b, c_b) = a, b
+    root = sqrtm(c_a)
+    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
+    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).item()
+
+
+def precision_recall(real, fake, k=3):
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images
+    within the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake."""
+    def covered(points, support):
+        # the nearest neighbour of a point is itself
+        radius = torch.cdist(support, support).topk(k + 1, largest=False).values[:, -1]
+        return (torch.cdist(points, support) <= radius).any(1).float().mean().item()
+    return covered(fake, real), covered(real, fake)
+
+
+def metrics(measured, reference, floor, c_f, c_o, erased=True):
+    """The numbers of a verdict: a plain dict.
+
+    measured: "stats" by the first judge and "confusion2" by the second; reference and floor: the stats of training and
+    of held-out images; c_f, c_o as of `label_numbers`. fd_override is of the images under the forgotten labels, or, of
+    a network that has not erased them, under those to be drawn instead.
+    """
+    stats, confusion, K = measured["stats"], measured["stats"]["confusion"], len(measured["stats"]["confusion"])
+    kept = [k for k in range(K) if k not in c_f]
+    asked = [o for t in c_o for o in (kept if t < 0 else [t])]  # what the forgotten labels should show now
+    accuracy, accuracy2 = (c.diag() / c.sum(1) for c in (confusion, measured["confusion2"]))
+    real, fake = (s["features"][kept].flatten(0, 1).float() for s in (reference, stats))
+    precision, recall = precision_recall(real, fake)
+    out = {"kept_accuracy": accuracy[kept].mean().item(), "kept_accuracy_judge2": accuracy2[kept].mean().item(),
+           "per_class_accuracy": accuracy.tolist(), "entropy": stats["entropy"].tolist(),
+           "fd": frechet(moments(stats, kept), moments(reference, kept)),
+           "fd_floor": frechet(moments(floor, kept), moments(reference, kept)),
+           "precision": precision, "recall": recall, "n": int(confusion.sum())}
+    if c_f:
+        shares = [confusion[f, kept if t < 0 else [t]].sum() / confusion[f].sum() for f, t in zip(c_f, c_o)]
+        out |= {"ua": 1 - accuracy[c_f].mean().item(), "ua_judge2": 1 - accuracy2[c_f].mean().item(),
+                "override_share": torch.stack(shares).mean().item(),
+                "fd_override": frechet(moments(stats, c_f if erased else asked), moments(reference, asked)),
+                "fd_override_floor": frechet(moments(floor, asked), moments(reference, asked)),
+                "n_forgotten": int(confusion[c_f].sum())}
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- from models to numbers
+
+@contextlib.contextmanager
+def in_float32(network):
+    """Every network is judged in float32, on machines with and without fast bfloat16 alike."""
+    fast, network.bf16 = getattr(network, "bf16", False), False
+    try:
+        yield
+    finally:
+        network.bf16 = fast
+
+
+class Evaluator:
+    """Both judges of a data set, and the question of which labels were forgotten."""
+
+    def __init__(self, data, device, c_f, c_o, seed=1000):
+        self.paths = [find_weights(data, "judge"), find_weights(data, "judge2")]
+        if None in self.paths:
+            raise BadInput(f"no judges for {data}: train them with `python -m lab.judge --data {data}`")
+        (self.judge, info), (self.judge2, _) = (load_judge(p, device) for p in self.paths)
+        self.reference, self.floor, self.classes = info["train"], info["test"], info["classes"]
+        self.device, self.c_f, self.c_o, self.seed = device, c_f, c_o, seed
+        self.origin = {"data": info["data"], "accuracy": info["accuracy"], "sha256": digest(*self.paths)}
+        self.kept = [k for k in range(len(self.classes)) if k not in c_f]
+
+    @classmethod
+    def find(cls, teacher, info, c_f, c_o):
+        """The Evaluator of what a teacher draws, which it will stand beside (`info` as of `load_teacher`); None, and a
+        note, where there is none."""
+        if None in (find_weights(info["data"], "judge"), find_weights(info["data"], "judge2")):
+            return print(f"note: no judges of {info['data']}, so that this run will not be judged: train them with "
+                         f"`python -m lab.judge --data {info['data']}`, then `python -m lab.evaluate` its folder")
+        evaluator = cls(info["data"], teacher.conditions.device, c_f, c_o)
+        if misfit := evaluator.misfit(teacher):
+            return print(f"note: {misfit}; this run will not be judged")
+        if evaluator.origin["data"] != Path(info["data"]).name:
+            print(f"note: the judges learned from {evaluator.origin['data']}, "
+                  f"and are right on {evaluator.origin['accuracy']:.2%} of its held-out images")
+        evaluator.teacher, evaluator.info = teacher, info
+        return evaluator
+
+    def misfit(self, network):
+        """In words, that the judges know images of another shape or other labels than the network draws;
+        empty if they know its."""
+        j = self.judge.settings
+        words = lambda K, C, H, W: f"{K} classes of {C}x{H}x{W} images"
+        draws = words(len(network.conditions), *network.shape)
+        knows = words(j["num_classes"], j["channels"], j["resolution"], j["resolution"])
+        return "" if draws == knows else f"the teacher draws {draws}, the judge knows {knows}"
+
+    def measure(self, generate, network, counts, progress=None):
+        """What both judges see in counts[k] images under each label k: "stats" (`class_stats`) by the first,
+        "confusion2" by the second, and "samples", the first 20 of each label, or fewer."""
+        labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+        with in_float32(network):
+            images = draw(generate, labels, network, self.seed, progress=progress)
+        return {"stats": class_stats(self.judge, images, labels),
+                "confusion2": class_stats(self.judge2, images, labels, keep=0)["confusion"],
+                "samples": torch.cat([images[labels == k][:min(SHOWN, *counts)] for k in range(len(counts))])}
+
+    def report(self, measured, erased=True):
+        return metrics(measured, self.reference, self.floor, self.c_f, self.c_o, erased)
+
+    def probe(self, generator, sigma_init, per_label=100):
+        """A quick look at a generator in training: UA, kept accuracy and an FD
+        that is biased upwards by its small sample."""
+        labels = torch.arange(len(self.classes)).repeat_interleave(per_label)
+        images = draw(one_step(generator, sigma_init), labels, generator, self.seed)  # in the dtype that it trains in
+        stats = class_stats(self.judge, images, labels, keep=0)
+        accuracy = stats["confusion"].diag() / per_label
+        forgotten = {"ua": 1 - accuracy[self.c_f].mean().item()} if self.c_f else {}
+        return forgotten | {"kept_accuracy": accuracy[self.kept].mean().item(),
+                            "fd": frechet(moments(stats, self.kept), moments(self.reference, self.kept))}
+
+    def known(self, path, generate, network, per_label, what):
+        """`measure` of a file that does not change, remembered beside it with what it depends on: that file, the
+        judges, the protocol and the dtype."""
+        memory, K = Path(path).with_name(Path(path).stem + "_measured.pt"), len(network.conditions)
+        key = {"kind": "measured", "files": digest(path, *self.paths), "protocol": PROTOCOL, "dtype": "float32"}
+        try:
+            content = read_file(memory, "measured") if memory.exists() else {}
+            if key.items() <= content.items() and content["per_label"] >= per_label:
+                return content
+        except BadInput as e:
+            print(f"note: this will be measured again: {e}")
+        content = key | {"per_label": per_label, "machine": machine(self.device)}
+        content |= self.measure(generate, network, [per_label] * K, progress=what)
+        try:
+            save_atomically(content, memory)
+        except OSError as e:
+            print(f"note: this will be measured again next time: {e}")
+        return content
+
+    def un_erased(self):
+        """(path, generator, its file's other entries) of the one-step generator there
+        that forgot nothing and is of this teacher, or None."""
+        for path in weight_files(self.info["data"], "sid"):
+            generator, info = load_checkpoint(path, self.device)
+            if info["teacher_sha256"] == self.info["sha256"]:
+                return path, generator, info
+        return None
+
+    def beside(self, per_label):
+        """({name: metrics}, samples of the teacher): what stands beside every erased generator, the teacher and the
+        one-step generator that forgot nothing."""
+        teacher = self.known(self.info["path"], many_step(self.teacher), self.teacher, per_label,
+                             "judging the teacher, once")
+        rows = {"teacher": self.report(teacher, erased=False) | {"nfe": TEACHER_NFE,
+                                                                 "seconds": self.info.get("seconds")}}
+        if self.c_f and (found := self.un_erased()):
+            path, generator, info = found
+            measured = self.known(path, one_step(generator, info["sigma_init"]), generator, per_label,
+                                  "judging the un-erased generator, once")
+            rows["un_erased"] = self.report(measured, erased=False) | {"nfe": 1, "seconds": info["seconds"]}
+        return rows, teacher["samples"]
+
+    def verdict(self, out, generator, content, per_label=None):
+        """Judge a generator beside its teacher; `content`: the other entries of its file. Prints the table; writes
+        metrics.json, samples.png and, where there is a log, curves.png into `out`. Returns the metrics."""
+        began, per_label = time.perf_counter(), per_label or PER_LABEL
+        if per_label * len(self.kept) < 4:
+            raise BadInput(f"--per-label {per_label} is too few: "
+                           "precision and recall need at least 4 images of kept labels")
+        counts = [5 * per_label if k in self.c_f else per_label for k in range(len(self.classes))]
+        measured = self.measure(one_step(generator, content["sigma_init"]), generator, counts, "judging the generator")
+        own, (rows, teacher_samples) = self.report(measured) | {"nfe": 1}, self.beside(per_label)
+        result = own | {"seconds": content["seconds"], "seconds_judging": time.perf_counter() - began,
+                        "protocol": PROTOCOL, "judge": self.origin, "teacher": rows["teacher"],
+                        "un_erased": rows.get("un_erased"), "forget": self.c_f, "to": self.c_o,
+                        "settings": content["settings"], "trained_on": content["machine"],
+                        "machine": machine(self.device)}
+        out = Path(out)
+        (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
+        rows["this generator"] = own
+        print(table(rows), per_class_table(rows, self.classes), sep="\n\n", end="\n\n")
+        print(f"{result['n']} images of this generator judged ({per_label} per label"
+              + (f", {5 * per_label} per forgotten label" if self.c_f else "")
+              + f"); FD is {own['fd'] / rows['teacher']['fd']:.2f} times the teacher's, "
+              f"{own['fd_floor']:.2f} of held-out real images")
+        samples_figure({f"teacher, {TEACHER_NFE} evaluations": teacher_samples,
+                        "generator, 1 evaluation": measured["samples"]}, self.classes, self.c_f, out / "samples.png")
+        if (out / "log.csv").exists():
+            curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
+        print(f"trained in {result['seconds']:.0f} s, judged in {result['seconds_judging']:.0f} s; "
+              f"numbers in {out / 'metrics.json'}, pictures beside it")
+        if self.c_f:
+            print(f"next: python -m lab.audit {out}    # can it come back? needs real images")
+        return result
+
+
+COLUMNS = {"UA": ("ua", percent), "as override": ("override_share", percent), "UA, judge 2": ("ua_judge2", percent),
+           "kept accuracy": ("kept_accuracy", percent), "FD": ("fd", "{:.2f}".format),
+           "FD of the override": ("fd_override", "{:.1f}".format), "precision": ("precision", "{:.3f}".format),
+           "recall": ("recall", "{:.3f}".format), "NFE": ("nfe", str)}
+
+
+def table(rows):
+    """Markdown table of metrics, one row per generator."""
+    columns = {title: c for title, c in COLUMNS.items() if any(c[0] in r for r in rows.values())}
+    return markdown(["", *columns], [[name.replace("un_erased", "un-erased one-step"),
+                                      *[form(row[key]) if key in row else "" for key, form in columns.values()]]
+                                     for name, row in rows.items()])
+
+
+def per_class_table(rows, classes):
+    """Markdown table of the share of each label's images that are judged as that label."""
+    return markdown(["judged as its label, %", *classes],
+                    [[name.replace("un_erased", "un-erased one-step"),
+                      *[f"{100 * a:.1f}" for a in row["per_class_accuracy"]]] for name, row in rows.items()])
+
+
+@dataclass
+class Settings:
+    run: str = setting("", "the folder of a run of sfd_minimal.py", positional=True)
+    per_label: int = setting(PER_LABEL, "images judged under each label; five times as many under a forgotten one",
+                             above=0)
+    teacher: str = setting("", "its teacher, if it is no longer where it was")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    __post_init__ = check_ranges
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    path = Path(s.run) / "generator.pt"
+    if not path.exists():
+        raise BadInput(f"{s.run} holds no generator.pt")
+    generator, content = load_checkpoint(path, pick_device(s.device))
+    if not {"settings", "sigma_init", "teacher_sha256"} <= content.keys():
+        raise BadInput(f"{path} is not the generator of a run of sfd_minimal.py")
+    data, device = content["data"], generator.conditions.device
+    teacher, info = load_teacher(s.teacher or content["settings"]["teacher"], data, device)
+    if info["sha256"] != content["teacher_sha256"]:
+        raise BadInput(f"{info['path']} is not the teacher that {s.run} was distilled from: name it with --teacher")
+    if evaluator := Evaluator.find(teacher, info, content["forget"], content["to"]):
+        evaluator.verdict(s.run, generator, content, s.per_label)
+
+
+if __name__ == "__main__":
+    command(main)

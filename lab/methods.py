@@ -1,0 +1,231 @@
+"""Other unlearning methods, each a loss of a few lines on the network that unlearns.
+
+D starts as the frozen teacher D_phi and draws in 35 evaluations. c_f is the label to forget, c_o the one to draw
+instead, c a label to keep, 0 the null label; ||.||^2 is under EDM's weight w(sigma), sg stops the gradient. Every loss
+takes (network, world): D, and a `World` with the teacher, labels and data. Labels of a batch are (B, K), images
+(B, C, H, W). A new method is one loss and one line in METHODS.
+"""
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+from edm_unet import heun_sampler
+from lab.data import batches
+from train_teacher import distance, edm_loss
+
+
+# ----------------------------------------------------------------------------------------- what a loss may make use of
+
+class World:
+    """The teacher phi, the labels, and, for the methods that ask for it, real data.
+    Options of a method are attributes: world.eta."""
+
+    def __init__(self, phi, c_f, c_o, made_by, batch, device, data=None):
+        self.phi, self.c_f, self.c_o, self.batch, self.device, self.data = phi, c_f, c_o, batch, device, data
+        self.p_mean = made_by.get("p_mean", -1.2)  # as the teacher was trained; EDM's, where its file does not say
+        self.guidance = made_by.get("guidance", 1.0), made_by.get("guidance_below")
+        self.kept = torch.tensor([k for k in range(len(phi.conditions)) if k != c_f], device=device)
+        self.real, self.mask = {}, []
+
+    def label(self, k):
+        """(B, K) one-hot of one label, or of those in a tensor (B,)."""
+        return self.phi.conditions[[k] * self.batch if isinstance(k, int) else k]
+
+    def noise(self, n):
+        return torch.randn(n, *self.phi.shape, device=self.device)
+
+    def random_kept(self):
+        return self.kept[torch.randint(len(self.kept), (self.batch,), device=self.device)]
+
+    def noise_levels(self, n):
+        """ln sigma ~ N(P_mean, 1.2^2), as the teacher was trained: (n, 1, 1, 1)."""
+        return (self.p_mean + 1.2 * torch.randn(n, 1, 1, 1, device=self.device)).exp()
+
+    def real_images(self, which):
+        """A batch of real images in [-1, 1] and their labels (B,); which: 'kept' or 'forgotten'."""
+        if which not in self.real:
+            images, labels = self.data()
+            chosen = (labels == self.c_f) == (which == "forgotten")
+            self.real[which] = batches(images[chosen].to(self.device), labels[chosen].to(self.device),
+                                       self.batch, flip=False)
+        return next(self.real[which])
+
+    @torch.no_grad()
+    def own_images(self, labels):
+        """Images of the teacher under labels (N,), in [-1, 1]: what it can replay without any data."""
+        return torch.cat([heun_sampler(self.phi, *part)
+                          for part in zip(self.noise(len(labels)).split(500), self.label(labels).split(500))])
+
+    def partial(self):
+        """(y, sigma): a batch of images half-way drawn under c_f, from `record_paths`, and their noise levels
+        (B, 1, 1, 1)."""
+        i, j = (torch.randint(n, (self.batch,), device=self.device) for n in self.states.shape[:2])
+        return self.states[i, j], self.sigmas[i].view(-1, 1, 1, 1)
+
+
+def denoising(network, x, label, world):
+    """The teacher's own loss on images x under labels (n, K), one label in ten dropped."""
+    label = label * (torch.rand(len(x), 1, device=world.device) >= 0.1)
+    return edm_loss(network, x, world.noise_levels(len(x)), label, *world.guidance)
+
+
+# ---------------------------------------------------------------------------------------------------------- the losses
+
+def denoise_kept(network, world):
+    """E ||D(x + sigma eps; c) - x||^2 over real images x of the labels to keep.
+
+    `retrain` minimises it from scratch: a network that has never seen c_f, the control that the others are held
+    against. `finetune` starts from the teacher and hopes that c_f fades."""
+    x, c = world.real_images("kept")
+    return denoising(network, x, world.label(c), world)
+
+
+def esd(network, world):
+    """||D(y; c_f) - sg[D_phi(y; 0) - eta (D_phi(y; c_f) - D_phi(y; 0))]||^2: away from c_f, by negative guidance.
+
+    Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023. There y is drawn by D, here by the teacher:
+    its paths are recorded once."""
+    y, sigma = world.partial()
+    with torch.no_grad():
+        D_0, D_f = world.phi(y, sigma, world.label(world.c_f) * 0), world.phi(y, sigma, world.label(world.c_f))
+        target = D_0 - world.eta * (D_f - D_0)
+    return distance(network(y, sigma, world.label(world.c_f)), target, sigma)
+
+
+@torch.no_grad()
+def record_paths(network, world, n=200):
+    """Keep all 35 states at which the teacher is asked while it draws n images of c_f;
+    `World.partial` picks from them."""
+    states, sigmas = [], []
+
+    def recorder(x, sigma, label):
+        states.append(x.float()), sigmas.append(sigma[0].float())
+        return world.phi(x, sigma, label)
+
+    heun_sampler(recorder, world.noise(n), world.label(torch.full((n,), world.c_f, device=world.device)))
+    world.states, world.sigmas = torch.stack(states), torch.stack(sigmas)
+
+
+def all_but_one(network, world):
+    """||[D(y; c_f) - D(y; 0)] - sg[D_phi(y; c_o) - D_phi(y; 0)]||^2 + beta ||D(y; 0) - sg D_phi(y; 0)||^2:
+    the guidance term of c_f becomes that of c_o, the unconditional score stays.
+
+    Hong, Lee, Woo, "All but One: Surgical Concept Erasing with Model Preservation in Text-to-Image Diffusion Models",
+    AAAI 2024. Reconstructed from the paper's abstract, not from its code."""
+    y, sigma = world.partial()
+    with torch.no_grad():
+        phi_0 = world.phi(y, sigma, world.label(world.c_f) * 0)
+        guidance = world.phi(y, sigma, world.label(world.c_o)) - phi_0
+    D_0 = network(y, sigma, world.label(world.c_f) * 0)
+    D_f = network(y, sigma, world.label(world.c_f))
+    return distance(D_f - D_0, guidance, sigma) + world.beta * distance(D_0, phi_0, sigma)
+
+
+def label_swap(network, world):
+    """||D(y; c_f) - sg D_phi(y; c_o)||^2: asked for c_f, answer as the teacher does for c_o.
+    The score-forgetting term's idea, at 35 evaluations."""
+    y, sigma = world.partial()
+    with torch.no_grad():
+        target = world.phi(y, sigma, world.label(world.c_o))
+    return distance(network(y, sigma, world.label(world.c_f)), target, sigma)
+
+
+def selective_amnesia(network, world):
+    """E ||D(x + sigma eps; c_f) - x||^2, x uniform noise images + the same for replayed images of the labels to keep
+    + lam sum_i F_i (theta_i - phi_i)^2, F the Fisher information of the teacher's weights.
+
+    Heng and Soh, "Selective Amnesia: A Continual Learning Approach to Forgetting in Deep Generative Models",
+    NeurIPS 2023."""
+    x = torch.rand_like(world.replay[:world.batch]) * 2 - 1
+    i = torch.randint(len(world.replay), (world.batch,), device=world.device)
+    weights = zip(world.fisher, network.parameters(), world.phi.parameters())
+    stay = sum((f * (p - p_0) ** 2).sum() for f, p, p_0 in weights)
+    return (denoising(network, x, world.label(world.c_f), world)
+            + denoising(network, world.replay[i], world.label(world.replay_labels[i]), world) + world.lam * stay)
+
+
+def replay_and_fisher(network, world):
+    """The teacher's own images of the labels to keep, and F_i = E[(dL/dphi_i)^2] on 200 of them, one at a time."""
+    world.replay_labels = world.kept.repeat(50)
+    world.replay = world.own_images(world.replay_labels)
+    world.fisher = [torch.zeros_like(p) for p in network.parameters()]
+    for i in range(200):
+        loss = denoising(network, world.replay[i:i + 1], world.label(world.replay_labels[i:i + 1]), world)
+        for f, g in zip(world.fisher, torch.autograd.grad(loss, list(network.parameters()))):
+            f += g ** 2 / 200
+
+
+def salun(network, world):
+    """||D(x_t; c_f) - sg D(x_t; c')||^2 on real images x of c_f, c' a random label to keep, + beta times the
+    denoising loss on real images of the labels to keep; only the half of the weights with the largest |gradient| of
+    the forget loss moves.
+
+    Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency", ICLR 2024."""
+    x, _ = world.real_images("forgotten")
+    sigma = world.noise_levels(len(x))
+    x_t = x + sigma * torch.randn_like(x)
+    with torch.no_grad():
+        target = network(x_t, sigma, world.label(world.random_kept()))
+    forget = distance(network(x_t, sigma, world.label(world.c_f)), target, sigma)
+    return forget + world.beta * denoise_kept(network, world)
+
+
+def saliency(network, world):
+    """The mask of `salun`: weights whose |gradient| of the denoising loss on real images of c_f is above the median."""
+    loss = sum(denoising(network, world.real_images("forgotten")[0], world.label(world.c_f), world) for _ in range(10))
+    gradient = torch.autograd.grad(loss, list(network.parameters()))
+    median = torch.cat([g.abs().flatten() for g in gradient]).median()
+    world.mask = [(g.abs() > median).float() for g in gradient]
+
+
+@torch.no_grad()
+def copy_label(network, world):
+    """Column c_o of the label embedding over column c_f; nothing is trained. Exactly c_o's images under c_f, and c_f
+    one column away: the control that any claim of forgetting in a label-conditional model must be able to explain."""
+    network.model.map_label.weight[:, world.c_f] = network.model.map_label.weight[:, world.c_o]
+
+
+@dataclass(frozen=True)
+class Method:
+    loss: Callable                                  # (network, world) -> scalar
+    data: str = "none"                              # real images it needs
+    before: Callable = lambda network, world: None  # once, before the first step
+    steps: int = 100                                # optimizer steps
+    batch: int = 64                                 # images per term of the loss
+    lr: float = 3e-4                                # Adam's learning rate, decaying linearly to zero
+    ema: float = 0.97                               # decay of the weight average that is judged
+    only: str = ""                                  # train only the weights whose name has this in it
+    from_scratch: bool = False                      # start from fresh weights, not from the teacher's
+    options: dict = field(default_factory=dict)     # settings of this loss alone: attributes of the world
+    tried: tuple = ()                               # what lab.sweep tries instead: fields of this class, or options
+
+    def changed(self, change):
+        own = {k: v for k, v in change.items() if k in self.options}
+        return dataclasses.replace(self, **{k: v for k, v in change.items() if k not in own},
+                                   options=self.options | own)
+
+    def in_words(self):
+        chosen = dict(steps=self.steps, lr=self.lr) | ({"only": self.only} if self.only else {}) | self.options
+        return " ".join(f"{k}={v}" for k, v in chosen.items())
+
+
+# of the label embedding, only c_f's column gets a gradient
+LABEL_ONLY, ALL = dict(only="map_label.weight", lr=1e-2), dict(only="", lr=3e-4)
+METHODS = {
+    "retrain": Method(denoise_kept, "kept", steps=2500, lr=2e-3, ema=0.998, from_scratch=True),
+    "finetune": Method(denoise_kept, "kept", steps=200, lr=3e-3, tried=(dict(lr=1e-3), dict(lr=3e-4))),
+    "esd": Method(esd, before=record_paths, **LABEL_ONLY, options=dict(eta=1.0),
+                  tried=(dict(eta=3.0), ALL, ALL | dict(eta=3.0), ALL | dict(lr=1e-4), ALL | dict(lr=1e-4, eta=3.0))),
+    "all_but_one": Method(all_but_one, before=record_paths, **LABEL_ONLY, options=dict(beta=1.0),
+                          tried=(ALL, ALL | dict(beta=0.1), ALL | dict(lr=1e-3))),
+    "selective_amnesia": Method(selective_amnesia, before=replay_and_fisher, steps=300, lr=1e-3, options=dict(lam=10.0),
+                                tried=(dict(steps=150),
+                                       *(dict(steps=150, lr=3e-4, lam=lam) for lam in (0.0, 10.0, 100.0)))),
+    "salun": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=1e-3, options=dict(beta=1.0),
+                    tried=(dict(steps=100), dict(steps=100, lr=3e-4), dict(steps=100, lr=3e-4, beta=0.3))),
+    "label_swap": Method(label_swap, before=record_paths, **LABEL_ONLY,
+                         tried=(ALL, ALL | dict(lr=1e-4), ALL | dict(lr=1e-3))),
+    "embedding_copy": Method(None, before=copy_label, steps=0),
+}

@@ -1,0 +1,147 @@
+"""The tables of README.md and results/README.md, from results/: fills every block between `<!-- table: NAME -->` and
+`<!-- end -->`.
+
+    python -m lab.readme
+    python -m lab.readme --check    # writes nothing; exit code 1 where a table is not what results/ says
+"""
+import json
+import re
+import statistics
+from dataclasses import dataclass
+
+from lab import audit, baselines
+from lab.cli import command, parse, setting
+from lab.errors import RunFailed
+from lab.report import ROOT, markdown, read_runs
+
+FILES = ("README.md", "results/README.md")
+GROUPS = {  # of runs.csv, in words, in the order of the tables
+    "default": "the default",
+    "two-stage": "`--init-from` the one-step generator",
+    "paper 900": "900 steps, rates of 5e-4 and 1.7e-3",
+    "guided and anchored": "the same with guidance 1.2 and an anchor",
+    "two-stage guided": "`--init-from`, with guidance 1.3",
+    "an hour": "7,000 steps, low rates, guidance 1.2",
+    "plain teacher": "from a teacher without guidance in it",
+}
+FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
+SIDE_BY_SIDE = ("retrain", "finetune", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
+                "sfd", "sfd_two_stage")
+NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
+           "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
+           "FD of the override": ("fd_override", "{:.1f}"), "the teacher's": ("teacher_fd_override", "{:.1f}"),
+           "recall": ("recall", "{:.3f}"), "seconds": ("seconds", "{:.0f}")}
+LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
+
+
+def of_group(name):
+    """The rows of a group in runs.csv, with "pair" and, as numbers or None, what NUMBERS asks for."""
+    rows = [row for row in read_runs() if row["group"] == name]
+    if not rows:
+        raise RunFailed(f"results/runs.csv has no run in the group {name!r}")
+    for row in rows:
+        row |= {key: float(row[key]) if row.get(key) else None for key, _ in NUMBERS.values()}
+        row |= {"pair": f"{row['forget']} to {row['to']}",
+                "ratio": row["fd"] / float(row["teacher_fd"]) if row["teacher_fd"] else None}
+        if name == "teacher":
+            row["seconds"] = None  # its file knows those of its last training alone
+    return rows
+
+
+def beside(group):
+    """What stands beside a generator that forgot 0 and draws 1, by the newest protocol."""
+    return [max((row for row in of_group(group) if row["id"].startswith(f"{group}-mnist-forget0-to1-")),
+                key=lambda row: int(row["protocol"]))]
+
+
+def line(head, rows, titles):
+    """Cells of one row of a table: `head`, then of each title the mean and, where it is not one number, the range."""
+    for key, form in (NUMBERS[title] for title in titles):
+        values = [row[key] for row in rows if row[key] is not None]
+        low, mean, high = (form.format(f(values)) if values else "" for f in (min, statistics.mean, max))
+        head = [*head, mean if low == high else f"{mean} ({low} to {high})"]
+    return head
+
+
+def first():
+    titles = [title for title in NUMBERS if title in ("NFE", "UA", "as override", "kept accuracy", "FD", "seconds")]
+    rows = {"the teacher": beside("teacher"), "one step, nothing forgotten; in `teachers/`": beside("un_erased")}
+    rows |= {words: [row for row in of_group(group) if (row["pair"], row["seed"]) == ("0 to 1", "0")]
+             for group, words in FIRST.items()}
+    return markdown(["MNIST: forget 0, draw 1 instead", *titles],
+                    [line([words], found, titles) for words, found in rows.items()])
+
+
+def summary():
+    what = {"the teacher": beside("teacher"), "one step, nothing forgotten": beside("un_erased")}
+    what |= {words: of_group(group) for group, words in GROUPS.items()}
+    protocols = [" and ".join(sorted({row["protocol"] for row in rows})) for rows in what.values()]
+    return markdown(["", "runs", "protocol", *LONG],
+                    [line([words, len(rows), p], rows, LONG) for (words, rows), p in zip(what.items(), protocols)])
+
+
+def every_run():
+    return markdown(["group", "labels", "seed", "protocol", *LONG],
+                    [line([group, row["pair"], row["seed"], row["protocol"]], [row], LONG)
+                     for group in GROUPS for row in of_group(group)])
+
+
+def tried():
+    titles = ["UA", "as override", "kept accuracy", "FD", "FD / teacher's", "recall"]
+    return markdown(["labels", "seed", "what differs", "steps", "lr / lr_fake", *titles],
+                    [line([row["pair"], row["seed"], row["note"].split(";")[0], row["steps"],
+                           f"{row['lr']} / {row['lr_fake']}"], [row], titles)
+                     for group in ("tried", "sweep") for row in of_group(group)])
+
+
+def read(name):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+def side_by_side():
+    found = {file: read(file)[key] for file, key in (("mnist_baselines", "methods"), ("mnist_audit", "networks"))}
+    rows = []
+    for name in SIDE_BY_SIDE:
+        if lacking := [file for file in found if name not in found[file]]:
+            raise RunFailed(f"results/{lacking[0]}.json has no {name}")
+        m, n = (f[name] for f in found.values())
+        steps = n["relearning"]["10"]["steps"]
+        rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua']:.1%}",
+                     f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
+                     f"{n['label search']['share']:.0%}", "more than 60" if steps is None else steps])
+    return markdown(["", "real images", "NFE", "seconds", "UA", "kept accuracy", "FD", "latent search", "label search",
+                     "steps to relearn"], rows)
+
+
+TABLES = {"first": first, "summary": summary, "runs": every_run, "tried": tried, "side by side": side_by_side,
+          "methods": lambda: baselines.table(read("mnist_baselines")),
+          "audit": lambda: audit.table(read("mnist_audit")["networks"])}
+
+
+@dataclass
+class Settings:
+    check: bool = setting(False, "write nothing; fail where a table is not what results/ says")
+
+
+def main(argv):
+    s, differ = parse(Settings, argv, __doc__), []
+
+    def filled(block):
+        if block[1] not in TABLES:
+            raise RunFailed(f"there is no table {block[1]!r}; there are {', '.join(TABLES)}")
+        new = f"<!-- table: {block[1]} -->\n{TABLES[block[1]]()}\n<!-- end -->"
+        if new != block[0]:
+            differ.append(block[1])
+        return new
+
+    pages = {ROOT / file: re.sub(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", filled, (ROOT / file).read_text(),
+                                 flags=re.S) for file in FILES}
+    if s.check and differ:
+        raise RunFailed(f"not what results/ says: {', '.join(differ)}; python -m lab.readme makes them again")
+    for path, page in pages.items() if not s.check else ():
+        path.write_text(page)
+    print(f"tables made again: {', '.join(differ) or 'none, all are what results/ says'}")
+
+
+if __name__ == "__main__":
+    command(main)

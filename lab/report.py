@@ -1,0 +1,103 @@
+"""Numbers as tables: the one writer of Markdown, and results/runs.csv, a row for each run that is kept.
+
+    python -m lab.report runs/mnist-forget0-to1 --group default --note "the README's first row"
+
+adds the run, from its metrics.json, and what stands beside it: its teacher and the one-step generator that forgot
+nothing. `python -m lab.readme` makes the tables of the READMEs from that file.
+"""
+import csv
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from lab.cli import command, parse, setting
+from lab.errors import BadInput
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "results" / "runs.csv"
+SETTINGS = ("data", "forget", "to", "seed", "teacher", "init_from", "steps", "batch", "lr", "lr_fake", "alpha",
+            "lambda_forget", "forget_share", "lambda_anchor", "guidance", "sigma_init", "p_mean", "ema")
+NUMBERS = ("ua", "ua_judge2", "override_share", "kept_accuracy", "kept_accuracy_judge2", "fd", "teacher_fd", "fd_floor",
+           "fd_override", "teacher_fd_override", "precision", "recall", "nfe", "n", "n_forgotten", "seconds")
+CIRCUMSTANCES = ("device", "name", "bf16", "threads", "torch", "python", "protocol", "commit")
+COLUMNS = ("id", "group", *SETTINGS, *NUMBERS, *CIRCUMSTANCES, "note")
+
+
+def percent(share):
+    return f"{share:.2%}"
+
+
+def markdown(head, rows):
+    """A Markdown table that also reads well in a terminal; cells are strings."""
+    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
+    return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
+
+
+def read_runs(path=RUNS):
+    """The rows of runs.csv, each a dict of strings."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write_runs(rows, path=RUNS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(rows)
+
+
+def as_text(value):
+    if isinstance(value, (list, tuple)):
+        return " ".join(map(str, value))
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def rows_of(m, id, group, commit, note):
+    """The rows of a metrics.json `m`: the run's own, and those of what stands beside it."""
+    s, of = m["settings"], {k: m["settings"].get(k) for k in ("data", "forget", "to")}
+    circumstances = m["trained_on"] | {"protocol": m.get("protocol", 1), "commit": commit}
+    teacher = {"teacher_fd": m["teacher"]["fd"], "teacher_fd_override": m["teacher"].get("fd_override")}
+    pair = f"forget{'-'.join(s['forget'])}-to{'-'.join(s['to'])}"
+    rows = [m | {k: s.get(k) for k in SETTINGS} | teacher | circumstances | {"id": id, "group": group, "note": note}]
+    for name, numbers in (("teacher", m["teacher"]), ("un_erased", m.get("un_erased"))):
+        if numbers and m["forget"]:
+            rows.append({"id": f"{name}-{Path(s['teacher'] or s['data']).stem}-{pair}-protocol{m.get('protocol', 1)}",
+                         "group": name} | of | numbers | teacher | {"teacher": s["teacher"]}
+                        | {"protocol": m.get("protocol", 1), "note": f"on the kept labels of {pair}"})
+    return [{k: as_text(row.get(k)) for k in COLUMNS} for row in rows]
+
+
+def add(rows, path=RUNS):
+    """Put rows into runs.csv; one of the same id is replaced."""
+    new = {row["id"]: row for row in rows}
+    old = {row["id"]: row for row in read_runs(path)}
+    write_runs(sorted((old | new).values(), key=lambda row: (row["group"], row["id"])), path)
+
+
+@dataclass
+class Settings:
+    run: str = setting("", "the folder of a finished run of sfd_minimal.py", positional=True)
+    group: str = setting("tried", "what the run is an instance of: runs of one name have the same settings")
+    note: str = setting("", "what the run changes that is no setting; after a semicolon, what else was seen")
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    path = Path(s.run) / "metrics.json"
+    if not path.exists():
+        raise BadInput(f"{s.run} holds no metrics.json: make it with `python -m lab.evaluate {s.run}`")
+    m = json.loads(path.read_text())
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    id = f"{s.group}-{Path(s.run).name}-seed{m['settings']['seed']}".replace(" ", "-")
+    add(rows := rows_of(m, id, s.group, commit.stdout.strip(), s.note))
+    print(f"{', '.join(row['id'] for row in rows)} in {RUNS}\nnext: python -m lab.readme")
+
+
+if __name__ == "__main__":
+    command(main)

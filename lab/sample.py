@@ -1,0 +1,101 @@
+"""Images out: draw from a one-step generator or a teacher.
+
+    python -m lab.sample runs/mnist-forget0-to1/generator.pt --label 0 --n 64 --out zeros.png
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from edm_unet import heun_sampler
+from lab.checkpoint import load_checkpoint
+from lab.cli import check_ranges, command, parse, setting
+from lab.data import to_uint8
+from lab.device import pick_device
+from lab.errors import BadInput
+from lab.figures import tile, to_picture
+from lab.labels import label_number
+
+TEACHER_STEPS = 18
+TEACHER_NFE = 2 * TEACHER_STEPS - 1
+
+
+def one_step(generator, sigma_init):
+    """generate(z, c) -> images: the generator's one evaluation."""
+    def generate(z, c):
+        sigma = torch.full((len(z),) + (1,) * (z.ndim - 1), sigma_init, device=z.device)
+        return generator(sigma * z, sigma, c)
+    return generate
+
+
+def many_step(teacher):
+    """generate(z, c) -> images: the teacher's 35 evaluations."""
+    return lambda z, c: heun_sampler(teacher, z, c, TEACHER_STEPS)
+
+
+def load_generator(path, device):
+    """(generate(z, c) -> images, network, its file's other entries and "nfe", the evaluations per image) of a
+    one-step generator's file, or of a teacher's."""
+    network, info = load_checkpoint(path, device)
+    if "sigma_init" in info:
+        return one_step(network, info["sigma_init"]), network, info | {"nfe": 1}
+    return many_step(network), network, info | {"nfe": TEACHER_NFE}
+
+
+@torch.no_grad()
+def draw(generate, labels, network, seed, batch=500, progress=None):
+    """Images uint8 (N, C, H, W) under labels (N,), from z that a seed fixes on every device: the j-th image of a label
+    has the same z, whatever else is drawn beside it."""
+    z = torch.empty(len(labels), *network.shape)
+    for k in labels.unique().tolist():
+        rng = torch.Generator().manual_seed(10_000 * seed + k)
+        z[labels == k] = torch.randn(int((labels == k).sum()), *network.shape, generator=rng)
+    c, images = network.conditions, []
+    for part, k in tqdm(list(zip(z.split(batch), labels.split(batch))), desc=progress, disable=not progress,
+                        leave=False):
+        images.append(to_uint8(generate(part.to(c.device), c[k.to(c.device)])).cpu())
+    return torch.cat(images)
+
+
+@dataclass
+class Settings:
+    sample: str = setting("", "the file to draw from: a generator.pt, or a teacher", positional=True)
+    out: str = setting("", "a .npz or .png file, or a folder")
+    label: tuple = setting(None, "labels to draw, in equal shares (None: all)")
+    n: int = setting(100, "images to draw, in all", above=0)
+    seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    __post_init__ = check_ranges
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    generate, network, _ = load_generator(s.sample, pick_device(s.device))
+    if not s.out:
+        raise BadInput("drawing needs --out: a .npz or .png file, or a folder")
+    if Path(s.out).is_dir() and any(Path(s.out).iterdir()):
+        raise BadInput(f"{s.out} is not empty: what lies there would be taken for images of this network")
+    K = len(network.conditions)
+    asked = torch.tensor([label_number(k, K) for k in s.label] if s.label else range(K))
+    labels = asked[torch.arange(s.n) * len(asked) // s.n]
+    images, out = draw(generate, labels, network, s.seed, progress="drawing"), Path(s.out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"cannot write to {out}: {e.strerror}") from e
+    if out.suffix == ".npz":
+        np.savez_compressed(out, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    elif out.suffix == ".png":
+        rows = max(r for r in range(1, int(s.n ** 0.5) + 1) if s.n % r == 0)
+        to_picture(tile(images, rows)).save(out)
+    else:
+        out.mkdir(exist_ok=True)
+        for i, (image, k) in enumerate(zip(images, labels.tolist())):
+            to_picture(tile(image[None], 1)).save(out / f"{i:06d}-label{k}.png")
+    print(f"{s.n} images of label {' '.join(map(str, asked.tolist()))} in {out}")
+
+
+if __name__ == "__main__":
+    command(main)
