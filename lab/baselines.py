@@ -230,6 +230,8 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self)
+        if self.resume and self.overwrite:
+            raise BadInput("--resume keeps what is finished and --overwrite replaces it: say one of them")
         self.out = self.out or f"runs/{Path(self.data).name}-baselines-forget{self.forget}-to{self.to}"
         self.results = self.results or f"results/{Path(self.data).name}_baselines.json"
 

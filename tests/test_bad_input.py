@@ -166,6 +166,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("convert", "", "is required"), ("convert", "{}/text.pt", "is required"),
     ("convert", "{}/nowhere.pkl x.pt", "no such file"), ("convert", "{}/text.pt x.pt", "not a published EDM"),
     ("baselines", "--method magic", "--method magic is not known"),
+    ("baselines", "--resume --overwrite", "say one of them"),
     ("baselines", "--to 0", "itself to be forgotten"), ("baselines", "--forget 11", "out of range"),
     ("baselines", "--lr 1", "unrecognized"), ("baselines", "--data cifar10", "no teacher"),
     ("baselines", "--per-label 0", "--per-label must be finite and above 0"),
