@@ -4,7 +4,6 @@
     python -m lab.baselines --forget 0 --to 1 --method esd label_swap    # some of them
 """
 import copy
-import dataclasses
 import json
 import os
 import time
@@ -15,8 +14,8 @@ import torch
 
 import sfd_minimal
 from edm_unet import EDMPrecond
-from lab.checkpoint import load_checkpoint, load_teacher, pack, save_atomically
-from lab.cli import check_ranges, command, parse, setting
+from lab.checkpoint import load_teacher, pack, save_atomically
+from lab.cli import check_ranges, command, comparable, parse, setting
 from lab.data import load_images
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
@@ -26,7 +25,7 @@ from lab.labels import label_number
 from lab.methods import METHODS, World
 from lab.report import markdown
 from lab.run import Run, refuse_changed, update_average
-from lab.sample import TEACHER_NFE, draw, load_generator, many_step, one_step
+from lab.sample import TEACHER_NFE, draw, load_generator, many_step
 
 ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_minimal.Settings
     "sid": None,  # the generator that comes with the project, which has forgotten nothing
@@ -96,9 +95,7 @@ def unlearn(name, method, bench, out, resume):
     run = Run(training, state, pinned={"teacher": bench.info["sha256"]})
     for _ in run.steps(train(method, world, **state, first=run.step)):
         pass
-    settings = {k: v for k, v in dataclasses.asdict(training).items() if k not in ("out", "save_every", "resume",
-                                                                                   "overwrite")}
-    return average, settings, preparation + run.seconds
+    return average, comparable(training), preparation + run.seconds
 
 
 def distill(name, bench, out, resume):

@@ -4,7 +4,6 @@ import copy
 import graphlib
 import re
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
