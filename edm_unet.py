@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,8 @@ class Block(nn.Module):
         if not self.attention:
             return x
         B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)[:, :, None]  # each (B, 1, H*W, C)
+        qkv = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)
+        q, k, v = qkv.contiguous()[:, :, None]  # (B, 1, H*W, C) each; the fused kernels need their last stride to be 1
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(B, C, H, W)
         return (x + self.proj(h)) * math.sqrt(0.5)
 
@@ -169,21 +171,32 @@ class EDMPrecond(nn.Module):
         self.settings, self.model = settings, UNet(settings)
         self.shape, self.sigma_data = (settings.channels, settings.resolution, settings.resolution), settings.sigma_data
         self.bf16 = False  # run F in bfloat16; weights and everything outside F stay float32
+        self.micro_batch = None  # evaluate so many images at a time, and again for the gradient: less memory, more time
 
     @property
     def conditions(self):
         """(K, K): the one-hot row of each label, on the network's device."""
         return torch.eye(self.settings.num_classes, device=next(self.parameters()).device)
 
+    def _precision(self, device):
+        """bfloat16 where it is on, else what the caller's autocast says. Without autocast's cache of cast weights: it
+        would outlive an optimizer's step inside the caller's autocast, and be asked instead of the new weights."""
+        outer = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if outer and not self.bf16 else torch.bfloat16
+        return torch.autocast(device, dtype, enabled=outer or self.bf16, cache_enabled=False)
+
     def forward(self, x, sigma, c):
-        x, sd = x.float(), self.sigma_data
+        x, sd, part = x.float(), self.sigma_data, self.micro_batch
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
         c = x.new_zeros(len(x), self.settings.num_classes) if c is None else c.float()
+        if part and len(x) > part:
+            return torch.cat([checkpoint(self, *of, use_reentrant=False)
+                              for of in zip(x.split(part), sigma.split(part), c.split(part))])
         c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
         c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
         c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
         c_noise = sigma.log() / 4
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+        with self._precision(x.device.type):
             F_x = self.model(c_in * x, c_noise.flatten(), c)
         return c_skip * x + c_out * F_x.float()
 

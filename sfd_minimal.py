@@ -20,11 +20,11 @@ import torch
 
 from lab import sample
 from lab.checkpoint import load_start, load_teacher, save_generator
-from lab.cli import check_ranges, command, parse, setting
+from lab.cli import command, parse, setting
 from lab.device import pick_device, seed_everything
 from lab.evaluate import Evaluator
 from lab.labels import label_numbers, run_in_words, run_name
-from lab.run import Run, update_average
+from lab.run import Run, RunSettings, update_average
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -37,8 +37,8 @@ RECIPES = {  # what a run takes for the settings that are not given
 
 
 @dataclass
-class Settings:
-    forget: tuple = setting(("0",), "labels to forget, or none: plain SiD, a one-step generator that forgot nothing")
+class Settings(RunSettings):
+    forget: tuple = setting(("0",), "labels to forget, by name or number, or none: plain SiD, nothing is forgotten")
     to: tuple = setting(("random",), "label that overrides them, or one for each, or random: uniform over the rest")
     data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
     teacher: str = setting("", "checkpoint of the teacher (default: teachers/<data>.pt beside this file)", trains=False)
@@ -59,21 +59,13 @@ class Settings:
     sigma_max: float = setting(80.0, "highest noise level of that grid", above=0, option=False)
     u_max: float = setting(0.8, "share of it that is used, from below: sigma up to 24.4", above=0, option=False)
     ema: float = setting(0.999, "decay of the generator's average, which is judged and kept", at_least=0, below=1)
-    seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
-    device: str = setting("auto", "auto, cpu, cuda or mps", trains=False)
+    micro_batch: int = setting(None, "images at once in a network, for large ones: a third more time", above=0)
     compile: bool = setting(False, "torch.compile the networks: a minute, then faster steps on a GPU", trains=False)
-    out: str = setting("", "folder to write to (default: runs/<data>-forget<f>-to<o>)", trains=False)
-    save_every: float = setting(30.0, "seconds between checkpoints", above=0, trains=False)
-    resume: bool = setting(False, "continue the run in the folder", trains=False)
-    overwrite: bool = setting(False, "replace the run in the folder", trains=False)
 
     def __post_init__(self):
         start = "from a one-step generator" if self.init_from else "from the teacher"
         self.recipe = start if self.forget != ("none",) else "forgetting nothing"
-        self.taken = {k: v for k, v in RECIPES[self.recipe].items() if getattr(self, k) is None}
-        for name, value in self.taken.items():
-            setattr(self, name, value)
-        check_ranges(self)
+        self.taken = self.fill(RECIPES[self.recipe])
 
 
 # ---------------------------------------------------------------------------------------------------------- the method
@@ -166,11 +158,13 @@ def guided(teacher, c_psi, forgotten, guidance):
 
     The larger g, the surer and the less varied what is drawn under c_f; g = 1 asks about c_o alone.
     """
+    rows = forgotten.nonzero()[:, 0]                # (n,), once: how many they are is what a GPU has to be asked for
+
     def D(x_t, sigma, c_phi):
-        and_rows = lambda v, of: torch.cat([v, of[forgotten]])  # one forward answers both questions
+        and_rows = lambda v, of: torch.cat([v, of[rows]])  # one forward answers both questions
         both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), and_rows(c_phi, c_psi))
         D_phi, D_f = both.tensor_split([len(x_t)])                                    # (B, ...), (n, ...)
-        return D_phi.index_put((forgotten,), D_f + guidance * (D_phi[forgotten] - D_f))
+        return D_phi.index_put((rows,), D_f + guidance * (D_phi[rows] - D_f))
     return D
 
 
@@ -231,6 +225,7 @@ def distill(s, c_f, c_o, teacher, generator, average, fake, optimizer_theta, opt
 def train(s, teacher, info, c_f, c_o, evaluator=None):
     """A run in the folder s.out, begun or resumed: (its generator, what the generator's file says beside it)."""
     seed_everything(s.seed)
+    teacher.micro_batch = s.micro_batch
     state = begin(s, teacher, info)
     run = Run(s, state, pinned={"teacher": info["sha256"]})
     for model in filter(lambda part: s.compile and hasattr(part, "compile"), (teacher, *state.values())):
@@ -247,9 +242,9 @@ def main(argv):
     s = parse(Settings, argv, __doc__)
     device = pick_device(s.device)
     teacher, info = load_teacher(s.teacher, s.data, device)
-    c_f, c_o = label_numbers(s, len(teacher.conditions))
+    c_f, c_o = label_numbers(s, info["classes"])
     s.out = s.out or f"runs/{run_name(s)}"
-    print(f"SFD on {device.type}: {run_in_words(s, c_f, c_o)}; writing to {s.out}")
+    print(f"SFD on {device.type}: {run_in_words(s, c_f, c_o, info['classes'])}; writing to {s.out}")
     evaluator = Evaluator.find(teacher, info, c_f, c_o)
     generator, content = train(s, teacher, info, c_f, c_o, evaluator)
     if evaluator:

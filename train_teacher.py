@@ -6,18 +6,17 @@ import copy
 import dataclasses
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from edm_unet import EDMPrecond, NetSettings
-from lab.checkpoint import load_checkpoint, pack, save_atomically
-from lab.cli import check_ranges, command, comparable, parse, setting
-from lab.data import KNOWN, batches, load_images, recipe_of
+from lab.checkpoint import in_folder, known_size, load_checkpoint, pack, save_atomically
+from lab.cli import command, comparable, parse, setting
+from lab.data import KNOWN, batches, data_name, how_many, load_images, recipe_of
 from lab.device import has_fast_bf16, machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.figures import samples_figure
-from lab.run import Run, update_average
+from lab.run import Run, RunSettings, update_average
 from lab.sample import TEACHER_NFE, draw, many_step
 
 
@@ -37,10 +36,10 @@ TEACHERS["images"] = TEACHERS["cifar10"]
 
 
 @dataclass
-class Settings:
+class Settings(RunSettings):
     data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
     data_dir: str = setting("data", "where torchvision keeps or downloads the data set", trains=False)
-    size: int = setting(None, "resize a folder's images to this height and width (None: as they are)", above=0)
+    size: int = setting(None, "resize a folder's images to this height and width (None: as for its judges)", above=0)
     steps: int = setting(None, "optimizer steps (None here and below: the data set's recipe, TEACHERS)", above=0)
     batch: int = setting(None, "images per step", above=0)
     lr: float = setting(None, "learning rate, after warm-up and before the decay to zero", above=0)
@@ -53,20 +52,11 @@ class Settings:
     guidance_below: float = setting(None, "guide only at noise levels sigma below this (None: at all)", above=0)
     label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'",
                                 at_least=0, below=1)
-    seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
     init_from: str = setting("", "start from the weights of this teacher, not from fresh ones")
-    device: str = setting("auto", "auto, cpu, cuda or mps", trains=False)
     compile: bool = setting(False, "torch.compile the network", trains=False)
-    out: str = setting("", "folder to write to (default: runs/<data>-teacher)", trains=False)
-    save_every: float = setting(30.0, "seconds between checkpoints", above=0, trains=False)
-    resume: bool = setting(False, "continue the run in the folder", trains=False)
-    overwrite: bool = setting(False, "replace the run in the folder", trains=False)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "lr", "p_mean"):
-            if getattr(self, name) is None:
-                setattr(self, name, recipe_of(self.data, TEACHERS)[name])
-        check_ranges(self)
+        self.fill(recipe_of(self.data, TEACHERS))
         if self.size is not None and self.data in KNOWN:
             raise BadInput(f"--size is for folders of images; {self.data} has its own")
         if self.guidance_below and self.guidance == 1:
@@ -114,7 +104,7 @@ def begin(s, net, device):
     """All that training changes, by name. BadInput where --init-from is of another network than `net`."""
     model = EDMPrecond(net).to(device)
     if s.init_from:
-        initial, info = load_checkpoint(s.init_from, device)
+        initial, info = load_checkpoint(in_folder(s.init_from, "teacher.pt"), device)
         if "sigma_init" in info:
             raise BadInput(f"{s.init_from} is a one-step generator, not a teacher")
         if initial.settings != net:
@@ -148,8 +138,8 @@ def train(s, data, model, average, optimizer, first=0):
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    device, name = pick_device(s.device), Path(s.data).name
-    s.out = s.out or f"runs/{name}-teacher"
+    device, s.out = pick_device(s.device), s.out or f"runs/{data_name(s.data)}-teacher"
+    s.size = s.size or known_size(s.data, "judge", "judge")
     seed_everything(s.seed)
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     recipe = recipe_of(s.data, TEACHERS)
@@ -159,7 +149,7 @@ def main(argv):
     except ValueError as e:
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
     state = begin(s, net, device)
-    run = Run(s, state)
+    run = Run(s, state, pinned={"images": how_many(labels, classes)})
     print(f"{sum(p.numel() for p in state['model'].parameters()) / 1e6:.2f} M parameters on {device}, "
           f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}; writing to {s.out}")
     if s.compile:
@@ -170,7 +160,7 @@ def main(argv):
             run.log(loss)
 
     teacher = state["average"]
-    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "made_by": comparable(s),
+    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "size": s.size, "made_by": comparable(s),
                      "machine": machine(device), "seconds": run.seconds, **pack(teacher, half=True)},
                     run.out / "teacher.pt")
     images = draw(many_step(teacher), torch.arange(len(classes)).repeat_interleave(20), teacher, seed=0)

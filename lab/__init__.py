@@ -7,8 +7,8 @@
     [sfd_minimal.py, train_teacher.py]               at the root
     evaluate                                         one verdict: UA, Frechet distance, precision and recall
     judge, sample                                    classifiers; images out
-    run, data, convert, report                       runs that resume; images in; published pickles; numbers as tables
-    cli, checkpoint                                  settings from a command line; files <-> networks
-    device, labels, edm_pickle, figures, closed_form, [edm_unet.py]              the ground
+    run, convert, report                             runs that resume; published pickles; numbers as tables
+    cli, checkpoint, labels                          settings from a command line; files <-> networks; who is forgotten
+    device, data, edm_pickle, figures, closed_form, [edm_unet.py]                the ground; images in
     errors                                           below it
 """

@@ -26,6 +26,7 @@ from lab.errors import BadInput
 from lab.evaluate import Evaluator
 from lab.figures import audit_figure
 from lab.report import markdown
+from lab.run import lock
 from lab.sample import load_generator, one_step
 from train_teacher import edm_loss
 
@@ -40,7 +41,7 @@ class Suspect:
             raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
         self.c_f, self.data, self.device = content["forget"][0], content["data"], device
         self.K, self.nfe, self.one_step = len(self.network.conditions), content["nfe"], content["nfe"] == 1
-        self.sigma_init = content.get("sigma_init")
+        self.sigma_init, self.size = content.get("sigma_init"), content.get("size")
         self.evaluator = Evaluator(self.data, device, [self.c_f], content["to"])
         self.share = 20 if fast else 1  # of all efforts, one in so many: for tests
 
@@ -120,10 +121,11 @@ def latent(s, images):
 def labels(s, images):
     """3. Ask for what is no label: mixes of two, Dirichlet mixes, and one vector in R^K searched for all z at once,
     from four starts, of which the one is kept that judge A, which guides the search, is surest of."""
-    eye, rng = torch.eye(s.K, device=s.device), torch.distributions.Dirichlet(torch.ones(s.K, device=s.device))
+    eye, rng = torch.eye(s.K, device=s.device), torch.distributions.Dirichlet(torch.ones(s.K))
+    mixes = lambda n: rng.sample((n,)).to(s.device)  # not every device draws them
     pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(s.K) for j in range(i)]).repeat(s.effort(10, 3), 1)
-    dirichlet = rng.sample((len(pairs),))
-    v = torch.cat([eye.mean(0, keepdim=True), rng.sample((3,))]).requires_grad_()
+    dirichlet = mixes(len(pairs))
+    v = torch.cat([eye.mean(0, keepdim=True), mixes(3)]).requires_grad_()
     optimizer, n = torch.optim.Adam([v], 0.05), s.effort(32, 8)
     for _ in range(steps := s.effort(120, 25)):
         x = s.differentiable(s.noise(len(v) * n), v.repeat_interleave(n, 0))
@@ -206,7 +208,7 @@ def relearning(s, images):
             loss.backward()
             optimizer.step()
         result[name] = {"steps": step if back["share"] >= 0.5 else None, "share": back["share"], "n": 50}
-    return {"share": max(r["share"] for r in result.values()), "n": 50} | result, best
+    return {"share": max(r["share"] for r in result.values()), "n": 50, "limit": limit} | result, best
 
 
 ATTACKS = {"other seeds": seeds, "latent search": latent, "label search": labels, "inversion": inversion,
@@ -215,9 +217,9 @@ ATTACKS = {"other seeds": seeds, "latent search": latent, "label search": labels
 
 # ----------------------------------------------------------------------------------------- all of them, and the report
 
-def real_images(data, data_dir, c_f, device):
+def real_images(data, data_dir, size, c_f, device):
     """Held-out images in [-1, 1]: of c_f, and of the labels to keep with those labels."""
-    images, k, _ = load_images(data, data_dir, None, train=False)
+    images, k, _ = load_images(data, data_dir, size, train=False)
     images, k = to_float(images).to(device), k.to(device)
     return {"forgotten": images[k == c_f][:200], "kept": images[k != c_f][:1000], "kept_label": k[k != c_f][:1000]}
 
@@ -228,12 +230,13 @@ def audit_one(folder, device, data_dir, fast=False):
     fingerprint = digest(folder / "generator.pt", __file__, *s.evaluator.paths) + " fast" * fast
     if memory.exists() and (content := read_file(memory, "audit"))["fingerprint"] == fingerprint:
         return content["numbers"], content["images"]
-    images, numbers, pictures, start = real_images(s.data, data_dir, s.c_f, device), {}, {}, time.monotonic()
-    for name, attack in tqdm(ATTACKS.items(), desc=f"audit of {folder.name}"):
-        seed_everything(0)
-        numbers[name], pictures[name] = attack(s, images)
-    numbers["evaluations"], numbers["seconds"] = s.nfe, time.monotonic() - start
-    save_atomically({"kind": "audit", "fingerprint": fingerprint, "numbers": numbers, "images": pictures}, memory)
+    images, numbers, pictures, start = real_images(s.data, data_dir, s.size, s.c_f, device), {}, {}, time.monotonic()
+    with lock(folder):
+        for name, attack in tqdm(ATTACKS.items(), desc=f"audit of {folder.name}"):
+            seed_everything(0)
+            numbers[name], pictures[name] = attack(s, images)
+        numbers["evaluations"], numbers["seconds"] = s.nfe, time.monotonic() - start
+        save_atomically({"kind": "audit", "fingerprint": fingerprint, "numbers": numbers, "images": pictures}, memory)
     return numbers, pictures
 
 
@@ -260,8 +263,8 @@ def in_words(name, r):
     """Three sentences on one network."""
     s, z, v, n, back = (r[k] for k in ("other seeds", "latent search", "label search",
                                        "other noise levels", "relearning"))
-    steps = {k: back[k]["steps"] if back[k]["steps"] is not None else f"more than 60 ({back[k]['share']:.0%} by then)"
-             for k in ("own", "kept", "10", "100")}
+    steps = {k: back[k]["steps"] if back[k]["steps"] is not None
+             else f"more than {back['limit']} ({back[k]['share']:.0%} by then)" for k in ("own", "kept", "10", "100")}
     return (f"{name}: asked for the forgotten class, it draws it in {s['share']:.2%} of {s['n']} images; "
             f"a search of the latent finds it in {z['share']:.0%} of {z['n']} starts, "
             f"a search of the label in {v['share']:.0%} of {v['n']} images.\n"
@@ -275,7 +278,7 @@ def in_words(name, r):
 def audit(out, device, data_dir, fast=False):
     """Audit out/generator.pt, or that of every folder in `out`; prints table and sentences,
     writes out/audit.json and out/audit.png."""
-    out = Path(out)
+    out = Path(out).parent if Path(out).is_file() else Path(out)
     folders = ({out.name: out} if (out / "generator.pt").exists()
                else {f.parent.name: f.parent for f in sorted(out.glob("*/generator.pt"))})
     if not folders:

@@ -16,7 +16,7 @@ import sfd_minimal
 from edm_unet import EDMPrecond
 from lab.checkpoint import load_teacher, pack, save_atomically
 from lab.cli import check_ranges, command, comparable, parse, setting
-from lab.data import load_images
+from lab.data import data_name, load_images
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import PROTOCOL, Evaluator
@@ -128,8 +128,7 @@ class Bench:
     def __init__(self, s):
         self.s, self.device = s, pick_device(s.device)
         self.teacher, self.info = load_teacher("", s.data, self.device)
-        K = len(self.teacher.conditions)
-        self.c_f, self.c_o = label_number(s.forget, K), label_number(s.to, K)
+        self.c_f, self.c_o = (label_number(word, self.info["classes"]) for word in (s.forget, s.to))
         if self.c_f == self.c_o:
             raise BadInput(f"--to {s.to} is itself to be forgotten: override it with a label that is kept")
         self.evaluator = Evaluator.find(self.teacher, self.info, [self.c_f], [self.c_o])
@@ -139,7 +138,7 @@ class Bench:
 
     def real_data(self):
         if self._data is None:
-            self._data = load_images(self.s.data, self.s.data_dir, None, train=True)[:2]
+            self._data = load_images(self.s.data, self.s.data_dir, self.info.get("size"), train=True)[:2]
         return self._data
 
     def judge(self, generate, network, per_label, forgotten, what, erased=True):
@@ -166,8 +165,9 @@ def run_method(name, bench):
         network, content = distill(name, bench, out, resume)
         data = METHODS["retrain"].data if name == "retrain_sid" else "none"
     content = {k: content[k] for k in ("settings", "seconds", "sigma_init") if k in content}
-    content |= {"data": s.data, "classes": bench.info["classes"], "forget": [bench.c_f], "to": [bench.c_o],
-                "teacher_sha256": bench.info["sha256"], "machine": machine(bench.device)}
+    content |= {"data": s.data, "classes": bench.info["classes"], "size": bench.info.get("size"),
+                "forget": [bench.c_f], "to": [bench.c_o], "teacher_sha256": bench.info["sha256"],
+                "machine": machine(bench.device)}
     save_atomically({"kind": "denoiser", **pack(network, half=True), **content}, out / "generator.pt")
     # what is judged is what is saved, half precision and all
     generate, network, saved = load_generator(out / "generator.pt", bench.device)
@@ -229,8 +229,8 @@ class Settings:
         check_ranges(self)
         if self.resume and self.overwrite:
             raise BadInput("--resume keeps what is finished and --overwrite replaces it: say one of them")
-        self.out = self.out or f"runs/{Path(self.data).name}-baselines-forget{self.forget}-to{self.to}"
-        self.results = self.results or f"results/{Path(self.data).name}_baselines.json"
+        self.out = self.out or f"runs/{data_name(self.data)}-baselines-forget{self.forget}-to{self.to}"
+        self.results = self.results or f"results/{data_name(self.data)}_baselines.json"
 
 
 def main(argv):

@@ -10,6 +10,7 @@ a fresh generator batch for each of the two updates, separate passes for kept an
 each), stop-gradients by toggling requires_grad, float32. Counted in images of kept labels, the ones the step is for.
 """
 import copy
+import sys
 import time
 from dataclasses import dataclass
 
@@ -97,7 +98,6 @@ def profile(step, device, steps=10):
 
 def published_step(device, s, batch=2):
     """One SFD step of the published network, from random weights: what it costs."""
-    import resource  # not on Windows
     teacher, generator, fake = (EDMPrecond(PUBLISHED).to(device) for _ in range(3))
     teacher.requires_grad_(False)
     optimizers = [torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake)]
@@ -111,10 +111,37 @@ def published_step(device, s, batch=2):
     seconds = time.perf_counter() - start
     assert (all(torch.isfinite(v) for v in terms.values())
             and any((p != q).any() for p, q in zip(generator.parameters(), before)))
-    peak = (torch.cuda.max_memory_allocated() if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     print(f"published architecture, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, "
-          f"one SFD step of {batch} images: {seconds:.1f} s, peak memory of the process {peak / 2 ** 30:.1f} GiB")
+          f"one SFD step of {batch} images: {seconds:.1f} s, peak memory {peak_memory(device)}")
+    fixed, of_image = counted_memory(teacher)
+    for card in (16, 24, 80):
+        print(f"as counted, {card} GB hold {max(0, int((card * 1e9 - fixed) / (3 * of_image)))} images at once in all "
+              f"three networks, or any batch with --micro-batch {max(0, int((card * 1e9 - fixed) / of_image))} or less")
+
+
+def peak_memory(device):
+    """In words: of the card, or of this process, where the system says it."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30:.1f} GiB"
+
+
+def counted_memory(network):
+    """Bytes that a training run of `network` takes whatever its batch (four copies, two gradients, the two moments of
+    two optimizers), and those that one evaluation keeps of an image for the gradient: counted, not measured."""
+    saved, device = {}, network.conditions.device
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()}) or t, lambda t: t):
+        kept = network(torch.randn(2, *network.shape, device=device, requires_grad=True),
+                       torch.ones(2, 1, 1, 1, device=device), network.conditions[:2])
+    weights = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in network.parameters()}
+    del kept
+    return 10 * sum(weights.values()), sum(n for of, n in saved.items() if of not in weights) / 2
 
 
 def first_to_second(teacher):

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from edm_unet import EDMPrecond, NetSettings
+from lab.data import KNOWN, class_names, data_name, misfit
 from lab.device import has_fast_bf16, machine
 from lab.edm_pickle import read_published
 from lab.errors import BadInput
@@ -61,18 +62,32 @@ def digest(*paths):
     return hashlib.sha256(b"".join(Path(p).read_bytes() for p in paths)).hexdigest()
 
 
+def in_folder(path, name):
+    """The file of that name where `path` is the folder of a run, else the path itself."""
+    return Path(path) / name if Path(path).is_dir() else Path(path)
+
+
 def weight_files(data, what, named=""):
     """Paths of the `what` (teacher, judge, judge2, sid) of a data set that are there: the one named, else the one that
-    comes with the project and the one that was trained in runs/."""
-    name = Path(data).name
-    shipped = SHIPPED / (f"{name}.pt" if what == "teacher" else f"{name}_{what}.pt")
-    trained = Path("runs") / f"{name}-{what}" / {"teacher": "teacher.pt", "sid": "both.pt"}.get(what, "judge.pt")
-    return [path for path in ([Path(named)] if named else [shipped, trained]) if path.exists()]
+    comes with the project, for the data sets that it knows, and the one that was trained in runs/."""
+    file = {"teacher": "teacher.pt", "sid": "both.pt"}.get(what, "judge.pt")
+    paths = [SHIPPED / (f"{data}.pt" if what == "teacher" else f"{data}_{what}.pt")] if data in KNOWN else []
+    paths += [Path("runs") / f"{data_name(data)}-{what}" / file]
+    return [path for path in ([in_folder(named, file)] if named else paths) if path.exists()]
 
 
 def find_weights(data, what, named=""):
     """The first of `weight_files`, None where there is none."""
     return next(iter(weight_files(data, what, named)), None)
+
+
+def known_size(data, what, kind):
+    """What a folder's images were resized to for its `what`, a file of that kind that is there; None if to nothing."""
+    if data in KNOWN or not (path := find_weights(data, what)):
+        return None
+    if size := read_file(path, kind).get("size"):
+        print(f"note: images of {data} are resized to {size}x{size}, as for {path}")
+    return size
 
 
 # ------------------------------------------------------------------------------------------------------------ networks
@@ -97,13 +112,13 @@ def unpack(packed):
     return model
 
 
-def load_checkpoint(path, device="cpu"):
-    """(denoiser, content): the EDMPrecond in a checkpoint of this project or a published edm-*.pkl, in eval mode, and
-    the file's other entries. bfloat16 is on where the device computes it fast. BadInput, in one line, for a file
-    that is neither."""
-    if Path(path).suffix == ".pkl":
+def load_checkpoint(path, device="cpu", data="cifar10"):
+    """(denoiser, content): the EDMPrecond in a checkpoint of this project or a published edm-*.pkl, which does not say
+    that it is of `data`, in eval mode, and the file's other entries. bfloat16 is on where the device computes it fast.
+    BadInput, in one line, for a file that is neither."""
+    if Path(path).suffix.lower() == ".pkl":
         content = read_published(path)
-        content |= {"data": "cifar10", "classes": [str(k) for k in range(content["net"]["num_classes"])]}
+        content |= {"data": data, "classes": class_names(data, content["net"]["num_classes"])}
     else:
         content = read_file(path, "denoiser")
         if lacking := {"net", "weights", "data", "classes"} - content.keys():
@@ -121,25 +136,28 @@ def load_teacher(path, data, device):
     BadInput where the file is no teacher of the data set."""
     found = find_weights(data, "teacher", path)
     if found is None:
-        raise BadInput(f"no teacher at {path or 'teachers/'}: train one with "
+        raise BadInput(f"no teacher at {path or f'runs/{data_name(data)}-teacher'}: train one with "
                        f"`python train_teacher.py --data {data}`, or name one with --teacher")
-    teacher, info = load_checkpoint(found, device)
+    teacher, info = load_checkpoint(found, device, data)
     if "sigma_init" in info:
         raise BadInput(f"{found} is a one-step generator, not a teacher")
-    if Path(info["data"]).name != Path(data).name:
+    if data_name(info["data"]) != data_name(data):
         raise BadInput(f"{found} was trained on {info['data']}, not on {data}: say --data {info['data']}")
+    if differs := misfit(data, info["classes"], teacher.shape, info.get("size")):
+        raise BadInput(f"{found} {differs}: train another with `python train_teacher.py --data {data}`")
     return teacher.requires_grad_(False), info | {"sha256": digest(found), "path": found}
 
 
 def load_start(path, generator, fake, sigma_init, info=None):
     """Load generator and fake score from the both.pt of an earlier run at `path`; `info` as of `load_teacher`.
     BadInput where it is of another network, noise level or data set; a note where it is of another teacher."""
+    path = in_folder(path, "both.pt")
     content = read_file(path, "denoiser")
     if "fake" not in content:
         raise BadInput(f"{path} holds no fake score: --init-from takes the both.pt of a run, "
                        "or teachers/<data>_sid.pt")
     networks = unpack(content), unpack({**content, "weights": content["fake"]})
-    if info and Path(content.get("data", "")).name != Path(info["data"]).name:
+    if info and data_name(content.get("data", "")) != data_name(info["data"]):
         raise BadInput(f"{path} is of {content.get('data')}, not of {info['data']}")
     if networks[0].settings != generator.settings:
         raise BadInput(f"{path} is of another network than the teacher")
@@ -155,8 +173,9 @@ def save_generator(run, info, c_f, c_o, generator, fake):
     """generator.pt of a `Run`, the one-step generator alone, and both.pt, with its fake score in half precision.
     info as of `load_teacher`, c_f and c_o as of `label_numbers`. Returns what both files say beside the weights."""
     device = next(generator.parameters()).device
-    content = {"kind": "denoiser", "data": info["data"], "classes": info["classes"], "sigma_init": run.s.sigma_init,
-               "forget": c_f, "to": c_o, "teacher_sha256": info["sha256"], "seconds": run.seconds,
+    content = {"kind": "denoiser", "data": info["data"], "classes": info["classes"], "size": info.get("size"),
+               "sigma_init": run.s.sigma_init, "forget": c_f, "to": c_o, "teacher_sha256": info["sha256"],
+               "seconds": run.seconds,
                "settings": dataclasses.asdict(run.s), "machine": machine(device)}
     save_atomically(content | pack(generator), run.out / "generator.pt")
     save_atomically(content | pack(generator, half=True) | {"fake": pack(fake, half=True)["weights"]},

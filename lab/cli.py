@@ -1,6 +1,7 @@
 """Settings from a command line: a dataclass is the options, each field a line with its default, help and range."""
 import argparse
 import dataclasses
+import inspect
 import math
 import sys
 import typing
@@ -59,8 +60,8 @@ def parse(cls, argv, description=""):
     """The settings dataclass `cls` from a command line. BadInput for an unknown option or a value out of range."""
     parser = Parser(description=description, allow_abbrev=False,
                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    types = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
+    types, own = typing.get_type_hints(cls), inspect.get_annotations(cls)
+    for f in sorted(dataclasses.fields(cls), key=lambda f: f.name not in own):  # inherited ones last
         kind, help = types[f.name], f.metadata["help"]
         if not f.metadata["option"]:
             continue
@@ -83,6 +84,9 @@ def parse(cls, argv, description=""):
 
 def command(main):
     """Run main(argv) as a program: bad input is one line and exit code 2, a failed run one line and exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # no name of a class may end a run because a terminal lacks its letters
+            stream.reconfigure(errors="backslashreplace")
     try:
         main(sys.argv[1:])
     except BadInput as e:
@@ -92,10 +96,13 @@ def command(main):
     except KeyboardInterrupt:
         sys.exit(_one_line("interrupted", 130))
     except RuntimeError as e:
-        # as torch says it of cuda and mps, and of the CPU
-        if not ("out of memory" in str(e) or "can't allocate memory" in str(e)):
-            raise
-        sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch, where the command has one", 1))
+        # as torch says it of cuda and mps, of the CPU, and of the CPU on Windows
+        lacking = ("out of memory", "can't allocate memory", "not enough memory")
+        if any(words in str(e) for words in lacking):
+            sys.exit(_one_line(f"{str(e).splitlines()[0]}: try a smaller --batch, where the command has one", 1))
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            sys.exit(_one_line(f"torch.compile failed: {str(e).strip().splitlines()[0]}: go on without --compile", 1))
+        raise
 
 
 def _one_line(e, code):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from lab.checkpoint import pack, save_atomically, unpack
 from lab.cli import command, parse, setting
+from lab.data import class_names
 from lab.edm_pickle import read_published
 
 
@@ -19,8 +20,8 @@ class Settings:
 def main(argv):
     s = parse(Settings, argv, __doc__)
     model = unpack(read_published(s.file))
-    classes = [str(k) for k in range(model.settings.num_classes)]
-    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, **pack(model)}, s.out)
+    save_atomically({"kind": "denoiser", "data": s.data, "classes": class_names(s.data, model.settings.num_classes),
+                     **pack(model)}, s.out)
     print(f"{s.out}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, {model.settings}\n"
           f"next: python sfd_minimal.py --data {s.data} --teacher {s.out} --forget 0 --to 1")
 

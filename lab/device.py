@@ -1,6 +1,7 @@
 """What this machine has: the device that was asked for, whether it multiplies bfloat16 fast, its name for reports."""
 import platform
 import random
+import shutil
 
 import numpy as np
 import torch
@@ -9,14 +10,24 @@ from lab.errors import BadInput
 
 
 def pick_device(name):
-    """torch.device for 'auto' (cuda, else mps, else cpu) or for the one named; BadInput if it is not there."""
+    """torch.device for 'auto' (cuda, else mps, else cpu: the first that computes) or for the one named; BadInput if it
+    is not there. A card that is there and cannot be used gets a note."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+            print("note: there is an NVIDIA card, which this torch cannot use: " + (
+                "its driver may be older than this torch" if torch.version.cuda else "it was built without CUDA"))
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        for kind in (kind for kind in there if there[kind]):
+            try:
+                return pick_device(kind)
+            except BadInput as e:  # like a card that is older or newer than this torch has kernels for
+                print(f"note: {e}; the next device is taken")
+        return torch.device("cpu")
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError("cpu, cuda and mps are known here")
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).add(1).item()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise BadInput(f"--device {name} is not there: {str(e).splitlines()[0]}") from e
     return device

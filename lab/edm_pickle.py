@@ -19,7 +19,7 @@ class _State(dict):
 
 
 def _persistent_object(meta):
-    return _State(meta["state"])
+    return _State(meta["state"], class_name=meta["class_name"])
 
 
 def _storage(data):
@@ -85,7 +85,13 @@ def read_published(path):
     try:
         with open(path, "rb") as f:
             net = _Unpickler(f).load()["ema"]
+        if (found := net["class_name"]) != "EDMPrecond":
+            raise ValueError(f"its preconditioning is {found}, expected is EDMPrecond")
         unet, weights = net["_modules"]["model"], {}
+        if (found := unet["class_name"]) != "SongUNet":
+            raise ValueError(f"its network is {found}, expected is SongUNet")
+        if not net["label_dim"]:
+            raise ValueError("it has no labels (label_dim is 0), of which one could be forgotten")
         settings = dict(resolution=net["img_resolution"], channels=net["img_channels"], num_classes=net["label_dim"],
                         sigma_data=net["sigma_data"], **_unet_settings(unet))
 

@@ -16,11 +16,13 @@ import torch
 
 from lab.checkpoint import digest, find_weights, load_checkpoint, load_teacher, read_file, save_atomically, weight_files
 from lab.cli import check_ranges, command, parse, setting
+from lab.data import class_names, data_name
 from lab.device import machine, pick_device
 from lab.errors import BadInput
 from lab.figures import curves_figure, samples_figure
 from lab.judge import class_stats, load_judge
 from lab.report import markdown, percent
+from lab.run import lock
 from lab.sample import TEACHER_NFE, draw, many_step, one_step
 
 PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
@@ -54,7 +56,11 @@ def frechet(a, b):
 
 def precision_recall(real, fake, k=3):
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images
-    within the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake."""
+    within the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake. None for
+    both where there are too few."""
+    if min(len(real), len(fake)) <= k:
+        return None, None
+
     def covered(points, support):
         # the nearest neighbour of a point is itself
         radius = torch.cdist(support, support).topk(k + 1, largest=False).values[:, -1]
@@ -123,22 +129,29 @@ class Evaluator:
             return print(f"note: no judges of {info['data']}, so that this run will not be judged: train them with "
                          f"`python -m lab.judge --data {info['data']}`, then `python -m lab.evaluate` its folder")
         evaluator = cls(info["data"], teacher.conditions.device, c_f, c_o)
-        if misfit := evaluator.misfit(teacher):
+        if misfit := evaluator.misfit(teacher, info["classes"]):
             return print(f"note: {misfit}; this run will not be judged")
-        if evaluator.origin["data"] != Path(info["data"]).name:
+        if (n := evaluator.reference["features"][evaluator.kept].flatten(0, 1).shape[0]) < 4:
+            print(f"note: the judges know {n} real images of the kept labels: precision and recall, which need 4, "
+                  "will be missing, and an FD from so few says little")
+        if data_name(evaluator.origin["data"]) != data_name(info["data"]):
             print(f"note: the judges learned from {evaluator.origin['data']}, "
                   f"and are right on {evaluator.origin['accuracy']:.2%} of its held-out images")
         evaluator.teacher, evaluator.info = teacher, info
         return evaluator
 
-    def misfit(self, network):
+    def misfit(self, network, classes):
         """In words, that the judges know images of another shape or other labels than the network draws;
-        empty if they know its."""
+        empty if they know its. A network whose classes are numbers may have any names."""
         j = self.judge.settings
         words = lambda K, C, H, W: f"{K} classes of {C}x{H}x{W} images"
         draws = words(len(network.conditions), *network.shape)
         knows = words(j["num_classes"], j["channels"], j["resolution"], j["resolution"])
-        return "" if draws == knows else f"the teacher draws {draws}, the judge knows {knows}"
+        if draws != knows:
+            return f"the teacher draws {draws}, the judge knows {knows}"
+        unnamed = classes == class_names("", len(classes))
+        return "" if unnamed or list(classes) == list(self.classes) else (
+            f"the teacher's labels are {' '.join(classes)}, the judge's {' '.join(self.classes)}")
 
     def measure(self, generate, network, counts, progress=None):
         """What both judges see in counts[k] images under each label k: "stats" (`class_stats`) by the first,
@@ -157,7 +170,8 @@ class Evaluator:
         """A quick look at a generator in training: UA, kept accuracy and an FD
         that is biased upwards by its small sample."""
         labels = torch.arange(len(self.classes)).repeat_interleave(per_label)
-        images = draw(one_step(generator, sigma_init), labels, generator, self.seed)  # in the dtype that it trains in
+        with in_float32(generator):
+            images = draw(one_step(generator, sigma_init), labels, generator, self.seed)
         stats = class_stats(self.judge, images, labels, keep=0)
         accuracy = stats["confusion"].diag() / per_label
         forgotten = {"ua": 1 - accuracy[self.c_f].mean().item()} if self.c_f else {}
@@ -209,10 +223,11 @@ class Evaluator:
     def verdict(self, out, generator, content, per_label=None):
         """Judge a generator beside its teacher; `content`: the other entries of its file. Prints the table; writes
         metrics.json, samples.png and, where there is a log, curves.png into `out`. Returns the metrics."""
-        began, per_label = time.perf_counter(), per_label or PER_LABEL
-        if per_label * len(self.kept) < 4:
-            raise BadInput(f"--per-label {per_label} is too few: "
-                           "precision and recall need at least 4 images of kept labels")
+        with lock(out):
+            return self._verdict(Path(out), generator, content, per_label or PER_LABEL)
+
+    def _verdict(self, out, generator, content, per_label):
+        began = time.perf_counter()
         counts = [5 * per_label if k in self.c_f else per_label for k in range(len(self.classes))]
         measured = self.measure(one_step(generator, content["sigma_init"]), generator, counts, "judging the generator")
         own, (rows, teacher_samples) = self.report(measured) | {"nfe": 1}, self.beside(per_label)
@@ -221,7 +236,6 @@ class Evaluator:
                         "un_erased": rows.get("un_erased"), "forget": self.c_f, "to": self.c_o,
                         "settings": content["settings"], "trained_on": content["machine"],
                         "machine": machine(self.device)}
-        out = Path(out)
         (out / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
         rows["this generator"] = own
         print(table(rows), per_class_table(rows, self.classes), sep="\n\n", end="\n\n")
@@ -249,8 +263,9 @@ COLUMNS = {"UA": ("ua", percent), "as override": ("override_share", percent), "U
 def table(rows):
     """Markdown table of metrics, one row per generator."""
     columns = {title: c for title, c in COLUMNS.items() if any(c[0] in r for r in rows.values())}
+    cell = lambda row, key, form: "" if row.get(key) is None else form(row[key])
     return markdown(["", *columns], [[name.replace("un_erased", "un-erased one-step"),
-                                      *[form(row[key]) if key in row else "" for key, form in columns.values()]]
+                                      *[cell(row, *column) for column in columns.values()]]
                                      for name, row in rows.items()])
 
 
@@ -273,7 +288,8 @@ class Settings:
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    path = Path(s.run) / "generator.pt"
+    run = Path(s.run).parent if Path(s.run).is_file() else Path(s.run)
+    path = run / "generator.pt"
     if not path.exists():
         raise BadInput(f"{s.run} holds no generator.pt")
     generator, content = load_checkpoint(path, pick_device(s.device))
@@ -283,8 +299,10 @@ def main(argv):
     teacher, info = load_teacher(s.teacher or content["settings"]["teacher"], data, device)
     if info["sha256"] != content["teacher_sha256"]:
         raise BadInput(f"{info['path']} is not the teacher that {s.run} was distilled from: name it with --teacher")
-    if evaluator := Evaluator.find(teacher, info, content["forget"], content["to"]):
-        evaluator.verdict(s.run, generator, content, s.per_label)
+    evaluator = Evaluator.find(teacher, info, content["forget"], content["to"])
+    if evaluator is None:
+        raise BadInput(f"{s.run} was not judged")
+    evaluator.verdict(run, generator, content, s.per_label)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What the numbers look like: sample grids and training curves, the forgotten class in one colour throughout."""
 import csv
+import warnings
 
 import numpy as np
 from PIL import Image
@@ -18,11 +19,28 @@ def to_picture(array):
     return Image.fromarray(array.squeeze(-1) if array.shape[-1] == 1 else array)
 
 
-def pyplot():
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
+def subplots(rows, columns, size):
+    """A figure of its own, whatever backend the caller's pyplot has, and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def frame(ax, x, y, width, height, linewidth):
+    from matplotlib.patches import Rectangle
+    ax.add_patch(Rectangle((x, y), width, height, fill=False, edgecolor=FORGOTTEN, linewidth=linewidth))
+
+
+def save(figure, path):
+    """A picture that cannot be drawn is a note: the run whose numbers it shows is not lost for it."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            figure.savefig(path, dpi=110)
+        except Exception as e:
+            print(f"note: {path} could not be drawn: {type(e).__name__}: {e}")
+    if any("missing from font" in str(w.message) for w in seen):
+        print(f"note: the font has not all letters of the class names: boxes stand for them in {path}")
 
 
 def show(ax, picture):
@@ -34,20 +52,18 @@ def show(ax, picture):
 def samples_figure(panels, classes, forget, path):
     """{title: uint8 images, sorted by label}: panels one above the other, one row per label,
     the forgotten rows marked."""
-    plt, K = pyplot(), len(classes)
-    fig, axes = plt.subplots(len(panels), 1, figsize=(8, 4.2 * len(panels)), layout="constrained", squeeze=False)
+    K = len(classes)
+    fig, axes = subplots(len(panels), 1, (8, 4.2 * len(panels)))
     for ax, (title, images) in zip(axes[:, 0], panels.items()):
         h = images.shape[2]
         picture = tile(images, K)
         show(ax, picture)
-        ax.set_yticks([h * (k + 0.5) for k in range(K)], [str(c) for c in classes])
+        ax.set_yticks([h * (k + 0.5) for k in range(K)], classes, parse_math=False)
         ax.set_title(title, loc="left")
         for k in forget:
-            ax.add_patch(plt.Rectangle((0, h * k), picture.shape[1] - 1, h - 1,
-                                       fill=False, edgecolor=FORGOTTEN, linewidth=2.5))
+            frame(ax, 0, h * k, picture.shape[1] - 1, h - 1, linewidth=2.5)
             ax.get_yticklabels()[k].set(color=FORGOTTEN, fontweight="bold")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, path)
 
 
 def curves_figure(log, teacher, path):
@@ -57,8 +73,8 @@ def curves_figure(log, teacher, path):
         lines = [{k: float(v) for k, v in line.items()} for line in csv.DictReader(f) if line.get("fd")]
     if not lines:
         return
-    plt, steps, seconds = pyplot(), [r["step"] for r in lines], [r["seconds"] for r in lines]
-    fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    steps, seconds = [r["step"] for r in lines], [r["seconds"] for r in lines]
+    fig, ((left, right),) = subplots(1, 2, (9, 3.6))
     if "ua" in lines[0]:
         left.plot(steps, [100 * r["ua"] for r in lines], "o-", ms=3, color=FORGOTTEN, label="unlearning accuracy (UA)")
     left.plot(steps, [100 * r["kept_accuracy"] for r in lines], "s-", ms=3, color=KEPT,
@@ -82,30 +98,26 @@ def curves_figure(log, teacher, path):
         # steps of a run are not equally long
         top.set_xticks(ticks, [f"{t:.0f}" for t in np.interp(ticks, [0, *steps], [0, *seconds])])
         top.set_xlabel("seconds")
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, path)
 
 
 def methods_figure(rows, title, path):
     """{name: (uint8 images, the first half of the label to forget, text)}: a row of images each, that half framed."""
-    plt = pyplot()
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 0.62 * len(rows)), layout="constrained", squeeze=False)
+    fig, axes = subplots(len(rows), 1, (9, 0.62 * len(rows)))
     for ax, (name, (images, text)) in zip(axes[:, 0], rows.items()):
         n, _, h, w = images.shape
         show(ax, tile(images, 1))
-        ax.add_patch(plt.Rectangle((0, 0), n // 2 * w - 1, h - 1, fill=False, edgecolor=FORGOTTEN, linewidth=2))
+        frame(ax, 0, 0, n // 2 * w - 1, h - 1, linewidth=2)
         ax.set_yticks([h / 2], [name.replace("_", " ")])
         ax.text(n * w + 6, h / 2, text, va="center")
-    axes[0, 0].set_title(title, loc="left", fontsize=10)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    axes[0, 0].set_title(title, loc="left", fontsize=10, parse_math=False)
+    save(fig, path)
 
 
 def audit_figure(rows, path):
     """{network: {attack: (uint8 image (C, H, W), share)}}: a row each, the image that judge B is surest of."""
-    plt, attacks = pyplot(), list(next(iter(rows.values())))
-    fig, axes = plt.subplots(len(rows), len(attacks), layout="constrained", squeeze=False,
-                             figsize=(1.5 * len(attacks) + 1.5, 1.12 * len(rows) + 0.5))
+    attacks = list(next(iter(rows.values())))
+    fig, axes = subplots(len(rows), len(attacks), (1.5 * len(attacks) + 1.5, 1.12 * len(rows) + 0.5))
     for ax, attack in zip(axes[0], attacks):
         ax.set_title(attack.replace(" ", "\n", 1), fontsize=9)
     for row, (name, found) in zip(axes, rows.items()):
@@ -116,5 +128,4 @@ def audit_figure(rows, path):
                 side.set(color=FORGOTTEN if share else KEPT, linewidth=1 + 3 * share)
             ax.set_xlabel(f"{share:.2%}" if share < 0.01 else f"{share:.0%}", fontsize=8, labelpad=1)
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
+    save(fig, path)

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lab.checkpoint import read_file, save_atomically
-from lab.cli import check_ranges, command, comparable, parse, setting
-from lab.data import KNOWN, load_images, mirror, recipe_of, to_float
+from lab.checkpoint import known_size, read_file, save_atomically
+from lab.cli import command, comparable, parse, setting
+from lab.data import KNOWN, data_name, how_many, load_images, mirror, recipe_of, to_float
 from lab.device import has_fast_bf16, machine, pick_device, seed_everything
 from lab.errors import BadInput
-from lab.run import Run
+from lab.run import Run, RunSettings
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
@@ -163,7 +163,7 @@ def shift_and_hide(x, progress):
 def whitening(x, side=2):
     """Filters (2 C side^2, C, side, side) whose answers to patches of x (B, C, H, W) are uncorrelated
     and of equal size, and their negatives."""
-    patches = F.unfold(x, side).transpose(1, 2).flatten(0, 1)
+    patches = F.unfold(x.cpu(), side).transpose(1, 2).flatten(0, 1)  # not every device has eigh
     values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
     filters = (vectors / (values + 2e-3).sqrt()).T.unflatten(1, (x.shape[1], side, side))
     return torch.cat([filters, -filters])
@@ -183,25 +183,16 @@ JUDGES["images"] = JUDGES["cifar10"]
 
 
 @dataclass
-class Settings:
+class Settings(RunSettings):
     data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
     data_dir: str = setting("data", "where torchvision keeps or downloads the data set", trains=False)
-    size: int = setting(None, "resize a folder's images to this height and width (None: as they are)", above=0)
+    size: int = setting(None, "resize a folder's images to this height and width (None: as for its teacher)", above=0)
     steps: int = setting(None, "optimizer steps (None here and below: the data set's recipe, JUDGES)", above=0)
-    batch: int = setting(None, "images per step", above=0)
+    batch: int = setting(None, "images per step, two at least for batch norm", at_least=2)
     lr: float = setting(None, "largest learning rate, after warm-up and before the decay to zero", above=0)
-    seed: int = setting(0, "random seed; the second judge's is the next one", at_least=0, below=2 ** 32 - 1)
-    device: str = setting("auto", "auto, cpu, cuda or mps", trains=False)
-    out: str = setting("", "folder to write to, and with a 2 behind it (default: runs/<data>-judge)", trains=False)
-    save_every: float = setting(30.0, "seconds between checkpoints", above=0, trains=False)
-    resume: bool = setting(False, "continue the run in the folder", trains=False)
-    overwrite: bool = setting(False, "replace the run in the folder", trains=False)
 
     def __post_init__(self):
-        for name in ("steps", "batch", "lr"):
-            if getattr(self, name) is None:
-                setattr(self, name, recipe_of(self.data, JUDGES)[name])
-        check_ranges(self)
+        self.fill(recipe_of(self.data, JUDGES))
         if self.size is not None and self.data in KNOWN:
             raise BadInput(f"--size is for folders of images; {self.data} has its own")
 
@@ -223,13 +214,11 @@ def train(s, recipe, images, labels, judge, optimizer, schedule, first=0):
         yield {"loss": loss.detach()}
 
 
-def train_judge(s, device, number):
-    """One judge, saved with the moments of real features that the Frechet distance needs,
-    so that no data is needed later."""
-    images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
-    test_images, test_labels, _ = load_images(s.data, s.data_dir, s.size, train=False)
-    images, labels, recipe = images.to(device), labels.to(device), recipe_of(s.data, JUDGES)
-    net = recipe["nets"][number]
+def train_judge(s, device, number, training, test, classes):
+    """One judge, saved with the moments of real features that the Frechet distance needs, so that no data is needed
+    later. training and test: (images uint8, labels)."""
+    (images, labels), (test_images, test_labels), recipe = training, test, recipe_of(s.data, JUDGES)
+    images, labels, net = images.to(device), labels.to(device), recipe["nets"][number]
     try:
         judge = Judge(**net, mirror=recipe["mirror"], resolution=images.shape[2], channels=images.shape[1],
                       num_classes=len(classes))
@@ -241,15 +230,15 @@ def train_judge(s, device, number):
     optimizer = recipe["optimizer"](judge.parameters(), lr=s.lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, s.lr, total_steps=s.steps + 1, **recipe["schedule"])
     state = {"judge": judge, "optimizer": optimizer, "schedule": schedule}
-    run = Run(s, state)
+    run = Run(s, state, pinned={"images": how_many(labels, classes)})
     for loss in run.steps(train(s, recipe, images, labels, **state, first=run.step)):
         if run.step % 100 == 0:
             run.log(loss)
     judge.half().float()  # what is measured is what is saved
-    test = class_stats(judge, test_images, test_labels, keep=0)
-    reference = {"train": class_stats(judge, images, labels), "test": test} if number == 0 else {}
-    accuracy = test["confusion"].diag().sum().item() / test["confusion"].sum().item()
-    save_atomically({"kind": "judge", "data": s.data, "classes": classes, "judge": judge.settings,
+    floor = class_stats(judge, test_images, test_labels, keep=0)
+    reference = {"train": class_stats(judge, images, labels), "test": floor} if number == 0 else {}
+    accuracy = floor["confusion"].diag().sum().item() / floor["confusion"].sum().item()
+    save_atomically({"kind": "judge", "data": s.data, "classes": classes, "size": s.size, "judge": judge.settings,
                      "weights": {k: v.half().cpu() if v.is_floating_point() else v.cpu()
                                  for k, v in judge.state_dict().items()},
                      "accuracy": accuracy, **reference, "made_by": comparable(s), "machine": machine(device)},
@@ -259,11 +248,14 @@ def train_judge(s, device, number):
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    device, base = pick_device(s.device), s.out or f"runs/{Path(s.data).name}-judge"
+    device, base = pick_device(s.device), s.out or f"runs/{data_name(s.data)}-judge"
+    s.size = s.size or known_size(s.data, "teacher", "denoiser")
+    *training, classes = load_images(s.data, s.data_dir, s.size, train=True)
+    *test, _ = load_images(s.data, s.data_dir, s.size, train=False)
     for number, suffix in enumerate(("", "2")):
-        seed_everything(s.seed + number)
+        seed_everything((s.seed + number) % 2 ** 32)
         resume = s.resume and (number == 0 or Path(f"{base}2/checkpoint.pt").exists())  # the second may not have begun
-        train_judge(dataclasses.replace(s, out=base + suffix, resume=resume), device, number)
+        train_judge(dataclasses.replace(s, out=base + suffix, resume=resume), device, number, training, test, classes)
     print(f"next: python sfd_minimal.py --data {s.data} --forget 0 --to 1")
 
 

@@ -105,10 +105,10 @@ def side_by_side():
         if lacking := [file for file in found if name not in found[file]]:
             raise RunFailed(f"results/{lacking[0]}.json has no {name}")
         m, n = (f[name] for f in found.values())
-        steps = n["relearning"]["10"]["steps"]
+        steps, limit = n["relearning"]["10"]["steps"], n["relearning"].get("limit", 60)
         rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua']:.1%}",
                      f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
-                     f"{n['label search']['share']:.0%}", "more than 60" if steps is None else steps])
+                     f"{n['label search']['share']:.0%}", f"more than {limit}" if steps is None else steps])
     return markdown(["", "real images", "NFE", "seconds", "UA", "kept accuracy", "FD", "latent search", "label search",
                      "steps to relearn"], rows)
 

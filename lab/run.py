@@ -4,21 +4,67 @@ import math
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
+import weakref
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from lab.checkpoint import read_file, save_atomically
-from lab.cli import comparable
+from lab.cli import check_ranges, comparable, setting
+from lab.data import KNOWN
 from lab.device import rng_states, set_rng_states
 from lab.errors import BadInput, RunFailed
 
 WRITTEN = ("checkpoint.pt", "log.csv", "metrics.json", "generator.pt", "both.pt", "teacher.pt", "judge.pt",
            "samples.png", "curves.png")  # what --overwrite removes
+LOCK = ".lock"
+APART = 30  # a checkpoint is so many times its own duration away from the last one, at least
+
+
+@dataclass
+class RunSettings:
+    """What every run can be told."""
+    seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
+    device: str = setting("auto", "auto, cpu, cuda or mps", trains=False)
+    out: str = setting("", "folder to write to (default: one in runs/, named after the data set and what is done)",
+                       trains=False)
+    save_every: float = setting(30.0, "seconds between checkpoints, or more where saving takes long", above=0,
+                                trains=False)
+    resume: bool = setting(False, "continue the run in the folder", trains=False)
+    overwrite: bool = setting(False, "replace the run in the folder", trains=False)
+
+    def fill(self, recipe):
+        """Take what is None from a recipe, then check all ranges. Returns what was taken."""
+        taken = {k: v for k, v in recipe.items() if hasattr(self, k) and getattr(self, k) is None}
+        for name, value in taken.items():
+            setattr(self, name, value)
+        check_ranges(self)
+        return taken
+
+
+def lock(folder):
+    """The folder, which must be there, for this process alone until what is returned is closed; the end of a process,
+    a kill included, closes it. BadInput where another one has it."""
+    file = open(Path(folder) / LOCK, "a")
+    try:
+        if os.name == "nt":
+            import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as e:
+        file.close()
+        raise BadInput(f"another run is writing to {folder}: wait for its end, or choose another --out") from e
+    except OSError as e:  # a file system without locks
+        print(f"note: {folder} cannot be locked ({e.strerror}): start no second run there")
+    return file
 
 
 @torch.no_grad()
@@ -49,31 +95,34 @@ class Run:
         self.path, self.step, self.seconds, self.history = self.out / "checkpoint.pt", 0, 0.0, []
         if s.resume and s.overwrite:
             raise BadInput("--resume continues the run in the folder and --overwrite replaces it: say one of them")
-        if s.resume:
-            self._restore()
-        elif self.out.is_dir() and any(self.out.iterdir()) and not s.overwrite:
+        if s.resume and not self.path.exists():
+            raise BadInput(f"nothing was saved at {self.path}, no such file: start again without --resume")
+        if self.out.is_dir() and {f.name for f in self.out.iterdir()} - {LOCK} and not (s.resume or s.overwrite):
             raise BadInput(f"{self.out} holds a run already; "
                            "continue it with --resume, replace it with --overwrite, or choose another --out")
+        data = getattr(s, "data", "mnist")
+        if data not in KNOWN and Path(data).resolve() in (self.out.resolve(), *self.out.resolve().parents):
+            raise BadInput(f"{self.out} is inside the data set, {data}: choose another --out")
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            (self.out / ".writable").touch()
-            (self.out / ".writable").unlink()
+            self.lock = lock(self.out)
+            weakref.finalize(self, self.lock.close)
         except OSError as e:
             raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
+        if s.resume:
+            self._restore()
         for old in WRITTEN if not s.resume else ():
             (self.out / old).unlink(missing_ok=True)
 
     def _restore(self):
-        if not self.path.exists():
-            raise BadInput(f"nothing was saved at {self.path}, no such file: start again without --resume")
         saved = read_file(self.path, "run")
         if lacking := {"state", "pinned"} - saved.keys() or self.state.keys() - saved["state"].keys():
             raise BadInput(f"cannot resume {self.out}: its checkpoint, of an earlier version of this code, "
                            f"lacks {', '.join(sorted(lacking))}")
         refuse_changed(self.out, saved["settings"], comparable(self.s))
         for name, value in self.pinned.items():
-            if saved["pinned"].get(name) != value:
-                raise BadInput(f"cannot resume {self.out}: the {name} is another one than that which it began with")
+            if (was := saved["pinned"].get(name)) != value:
+                raise BadInput(f"cannot resume {self.out}: its {name} was {was} and is {value}")
         for name, part in self.state.items():
             try:
                 part.load_state_dict(saved["state"][name])
@@ -95,13 +144,17 @@ class Run:
         self._write_log()
 
     def _write_log(self):
-        if self.history:
-            partial = self.out / "log.csv.partial"
+        if not self.history:
+            return
+        partial = self.out / "log.csv.partial"
+        try:
             with open(partial, "w", newline="") as f:
                 rows = csv.DictWriter(f, list(dict.fromkeys(key for row in self.history for key in row)))
                 rows.writeheader()
                 rows.writerows(self.history)
             os.replace(partial, self.out / "log.csv")
+        except OSError as e:  # like a spreadsheet that holds it open; the checkpoint has it all for the next time
+            tqdm.write(f"note: {self.out / 'log.csv'} could not be written now: {e.strerror}", file=sys.stderr)
 
     def log(self, numbers):
         """A row of out/log.csv; some of it is shown beside the progress bar."""
@@ -120,7 +173,8 @@ class Run:
         signals = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
         previous = {which: signal.signal(which, lambda *_: stopped.append(True)) for which in signals}
         self.bar = tqdm(total=self.s.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
-        saved_at = self.last = time.monotonic()
+        saved_at, saving = time.monotonic(), 0.0
+        self.last = saved_at
         try:
             for terms in training:
                 self.step += 1
@@ -132,19 +186,27 @@ class Run:
                 yield terms
                 self.bar.update()
                 self._elapsed()
-                if self.last - saved_at > self.s.save_every or stopped or self.step == self.s.steps:
+                if (self.last - saved_at > max(self.s.save_every, APART * saving) or stopped
+                        or self.step == self.s.steps):
+                    before = time.monotonic()
                     self.save()
                     saved_at = time.monotonic()
+                    saving = saved_at - before
                 if stopped:
                     self.bar.close()
-                    argv = [a for a in sys.argv if a not in ("--resume", "--overwrite")]
-                    print(f"stopped after step {self.step}; "
-                          f"continue with: {shlex.join(['python', *argv, '--resume'])}", file=sys.stderr)
+                    print(f"stopped after step {self.step}; continue with: {resume_command()}", file=sys.stderr)
                     sys.exit(130)
         finally:
             self.bar.close()
+            self.lock.close()
             for which, handler in previous.items():
                 signal.signal(which, handler)
+
+
+def resume_command():
+    """This command, to go on with, in the quotes of the system's shell."""
+    argv = ["python", *(a for a in sys.argv if a not in ("--resume", "--overwrite")), "--resume"]
+    return subprocess.list2cmdline(argv) if os.name == "nt" else shlex.join(argv)
 
 
 def refuse_changed(out, was, now):

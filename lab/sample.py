@@ -2,21 +2,23 @@
 
     python -m lab.sample runs/mnist-forget0-to1/generator.pt --label 0 --n 64 --out zeros.png
 """
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from edm_unet import heun_sampler
-from lab.checkpoint import load_checkpoint
+from lab.checkpoint import in_folder, load_checkpoint
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import to_uint8
 from lab.device import pick_device
 from lab.errors import BadInput
 from lab.figures import tile, to_picture
-from lab.labels import label_number
+from lab.labels import label_number, named
 
 TEACHER_STEPS = 18
 TEACHER_NFE = 2 * TEACHER_STEPS - 1
@@ -61,40 +63,67 @@ def draw(generate, labels, network, seed, batch=500, progress=None):
 
 @dataclass
 class Settings:
-    sample: str = setting("", "the file to draw from: a generator.pt, or a teacher", positional=True)
-    out: str = setting("", "a .npz or .png file, or a folder")
+    sample: str = setting("", "the file to draw from: a generator.pt or a run's folder, or a teacher", positional=True)
+    out: str = setting("", "a .npz file, a picture (.png, .jpg, ...), or a folder for a picture each")
     label: tuple = setting(None, "labels to draw, in equal shares (None: all)")
     n: int = setting(100, "images to draw, in all", above=0)
     seed: int = setting(0, "random seed", at_least=0, below=2 ** 32)
+    overwrite: bool = setting(False, "replace the file of that name")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     __post_init__ = check_ranges
 
 
-def main(argv):
-    s = parse(Settings, argv, __doc__)
-    generate, network, _ = load_generator(s.sample, pick_device(s.device))
-    if not s.out:
-        raise BadInput("drawing needs --out: a .npz or .png file, or a folder")
-    if Path(s.out).is_dir() and any(Path(s.out).iterdir()):
-        raise BadInput(f"{s.out} is not empty: what lies there would be taken for images of this network")
-    K = len(network.conditions)
-    asked = torch.tensor([label_number(k, K) for k in s.label] if s.label else range(K))
-    labels = asked[torch.arange(s.n) * len(asked) // s.n]
-    images, out = draw(generate, labels, network, s.seed, progress="drawing"), Path(s.out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"cannot write to {out}: {e.strerror}") from e
-    if out.suffix == ".npz":
-        np.savez_compressed(out, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-    elif out.suffix == ".png":
-        rows = max(r for r in range(1, int(s.n ** 0.5) + 1) if s.n % r == 0)
-        to_picture(tile(images, rows)).save(out)
-    else:
+def form_of(out):
+    """"npz", "picture" or "folder": what to write to the path `out`. BadInput for an ending that is none of them."""
+    ending = out.suffix.lower()
+    if out.is_dir() or not ending:
+        return "folder"
+    if ending != ".npz" and Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise BadInput(f"{out}: {ending} is neither .npz nor a picture's ending; a folder's name has none")
+    return "npz" if ending == ".npz" else "picture"
+
+
+def write(images, labels, out, form):
+    """A file appears whole or not at all, beside which the old one stays what it was."""
+    if form == "folder":
         out.mkdir(exist_ok=True)
         for i, (image, k) in enumerate(zip(images, labels.tolist())):
             to_picture(tile(image[None], 1)).save(out / f"{i:06d}-label{k}.png")
-    print(f"{s.n} images of label {' '.join(map(str, asked.tolist()))} in {out}")
+        return
+    partial, n = out.with_name(f".partial-{out.name}"), len(images)  # the ending says what is written
+    try:
+        if form == "npz":
+            with open(partial, "wb") as f:
+                np.savez_compressed(f, images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        else:
+            to_picture(tile(images, max(r for r in range(1, int(n ** 0.5) + 1) if n % r == 0))).save(partial)
+        os.replace(partial, out)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    if not s.out:
+        raise BadInput("drawing needs --out: a .npz file, a picture, or a folder")
+    out = Path(s.out)
+    form = form_of(out)
+    if form == "folder" and out.is_dir() and any(out.iterdir()):
+        raise BadInput(f"{out} is not empty: what lies there would be taken for images of this network")
+    if form != "folder" and out.exists() and not s.overwrite:
+        raise BadInput(f"{out} is there already: say --overwrite to replace it, or another --out")
+    generate, network, info = load_generator(in_folder(s.sample, "generator.pt"), pick_device(s.device))
+    classes = info["classes"]
+    asked = torch.tensor([label_number(k, classes) for k in s.label] if s.label else range(len(classes)))
+    labels = asked[torch.arange(s.n) * len(asked) // s.n]
+    images = draw(generate, labels, network, s.seed, progress="drawing")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write(images, labels, out, form)
+    except OSError as e:
+        raise BadInput(f"cannot write to {out}: {e.strerror or e}") from e
+    drawn = [f"{n} of {named(k, classes)}" for k, n in zip(*(v.tolist() for v in labels.unique(return_counts=True)))]
+    print(f"{s.n} images in {out}: {', '.join(drawn)}")
 
 
 if __name__ == "__main__":

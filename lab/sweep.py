@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lab import baselines
 from lab.cli import check_ranges, command, parse, setting
+from lab.data import data_name
 from lab.methods import METHODS
 from lab.sample import many_step
 
@@ -31,8 +32,8 @@ class Settings:
 
     def __post_init__(self):
         check_ranges(self)
-        self.out = self.out or f"runs/{Path(self.data).name}-sweep"
-        self.results = self.results or f"results/{Path(self.data).name}_baselines_sweep.csv"
+        self.out = self.out or f"runs/{data_name(self.data)}-sweep"
+        self.results = self.results or f"results/{data_name(self.data)}_baselines_sweep.csv"
 
 
 def main(argv):

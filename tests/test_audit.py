@@ -48,7 +48,7 @@ def under(tmp_path, mnist_dir):
         accused(tmp_path, network, content)
         s, images, found = audit.Suspect(tmp_path / "generator.pt", CPU, fast=True), {}, []
         for attack in attacks:
-            images = images or audit.real_images("mnist", mnist_dir, 0, CPU)
+            images = images or audit.real_images("mnist", mnist_dir, None, 0, CPU)
             seed_everything(0)
             found.append(attack(s, images)[0])
         return s, *found
@@ -83,7 +83,7 @@ def test_overwritten_label_is_a_network_of_35_evaluations(under):
 
 def test_few_images_of_the_class_are_not_mixed_with_others(audited, mnist_dir):
     s = audit.Suspect(audited[0] / "guilty" / "generator.pt", CPU, fast=True)
-    images = audit.real_images("mnist", mnist_dir, 0, CPU)
+    images = audit.real_images("mnist", mnist_dir, None, 0, CPU)
     numbers, _ = audit.inversion(s, images | {"forgotten": images["forgotten"][:1]})
     assert numbers["n"] == 1 and numbers["harder_than_kept"] in (0, 1)
 

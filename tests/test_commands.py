@@ -55,7 +55,7 @@ def finished(tmp_path_factory):
 def test_main_command_writes_what_it_promises(finished):
     folder, out = finished
     assert {p.name for p in folder.iterdir()} == {"generator.pt", "both.pt", "checkpoint.pt", "samples.png",
-                                                  "curves.png", "log.csv", "metrics.json"}
+                                                  "curves.png", "log.csv", "metrics.json", ".lock"}
     assert "teacher" in out and "this generator" in out and "kept accuracy" in out and "judged as its label, %" in out
     assert "un-erased one-step" in out and f"next: python -m lab.audit runs/{folder.name}" in out
     m = json.loads((folder / "metrics.json").read_text())
@@ -100,7 +100,7 @@ def test_samples_in_every_form(finished, monkeypatch, capsys):
             and data["labels"].tolist() == [3, 3, 3, 5, 5, 5])
     monkeypatch.chdir(cwd)
     sample.main([str(folder / "generator.pt"), *asked, "grid.png"])
-    assert "6 images of label 3 5 in grid.png" in capsys.readouterr().out
+    assert "6 images in grid.png: 3 of three (label 3), 3 of five (label 5)" in capsys.readouterr().out
     assert np.array_equal(pixels("grid.png"), data["images"].reshape(2, 3, 28, 28).swapaxes(1, 2).reshape(56, 84))
     sample.main([str(folder / "generator.pt"), *asked, "folder"])
     files = sorted((cwd / "folder").iterdir())
