@@ -21,13 +21,12 @@ import torch
 from lab import sample
 from lab.checkpoint import load_start, load_teacher, save_generator
 from lab.cli import command, parse, setting
+from lab.denoisers import each
 from lab.device import pick_device, seed_everything
 from lab.evaluate import Evaluator
-from lab.labels import label_numbers, run_in_words, run_name
+from lab.labels import label_numbers, run_name, who
 from lab.run import Run, RunSettings, update_average
 
-
-# ------------------------------------------------------------------------------------------------------------ settings
 
 RECIPES = {  # what a run takes for the settings that are not given
     "from the teacher": dict(steps=1000, lr=3e-4, lr_fake=1e-3, lambda_anchor=0.0),
@@ -158,11 +157,10 @@ def guided(teacher, c_psi, forgotten, guidance):
 
     The larger g, the surer and the less varied what is drawn under c_f; g = 1 asks about c_o alone.
     """
-    rows = forgotten.nonzero()[:, 0]                # (n,), once: how many they are is what a GPU has to be asked for
-
+    rows = forgotten.nonzero()[:, 0]                # (n,), once: how many they are is what a GPU is waited for
     def D(x_t, sigma, c_phi):
         and_rows = lambda v, of: torch.cat([v, of[rows]])  # one forward answers both questions
-        both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), and_rows(c_phi, c_psi))
+        both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), each(and_rows, c_phi, c_psi))
         D_phi, D_f = both.tensor_split([len(x_t)])                                    # (B, ...), (n, ...)
         return D_phi.index_put((rows,), D_f + guidance * (D_phi[rows] - D_f))
     return D
@@ -179,8 +177,8 @@ def anchor_loss(anchor, x_g, x_init, sigma_init, c, forgotten):
 # ------------------------------------------------------------------------------------------------------------ the loop
 
 def begin(s, teacher, info=None):
-    """All that training changes, by name: what `distill` updates and a checkpoint holds. The teacher, any denoiser with
-    `conditions`, `shape` and `sigma_data`, is copied three times and frozen; `info` is what its file says beside it."""
+    """All that training changes, by name. The teacher, any denoiser with `conditions`, `shape` and `sigma_data`, is
+    frozen, and copied three times; `info` is what its file says beside it."""
     teacher.requires_grad_(False)
     generator, average, fake = (copy.deepcopy(teacher) for _ in range(3))
     if s.init_from:
@@ -199,20 +197,26 @@ def decay(step, steps):
     return min(1.0, 2 * (1 - step / steps))
 
 
-def distill(s, c_f, c_o, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):
-    """SFD from step number `first` on: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i].
-    A generator of each step's loss terms: who asks for the next one shows, saves and stops."""
+def about_labels(s, teacher, c_f, c_o):
+    """What `distill` asks about: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i]."""
     device = teacher.conditions.device
     override = torch.arange(len(teacher.conditions), device=device)
     override[c_f] = torch.tensor(c_o, dtype=torch.long, device=device)
     kept = torch.tensor([k for k in range(len(override)) if k not in c_f], device=device)
+    return lambda batch: draw_labels(batch, override, kept, teacher.conditions, s.forget_share)
+
+
+def distill(s, ask, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):
+    """SFD from step number `first` on; ask(batch) draws c_phi, c_psi and forgotten, as `about_labels` says it.
+    A generator of each step's loss terms: who asks for the next one shows, saves and stops."""
+    device = next(generator.parameters()).device
     if s.lambda_anchor and anchor is None:
         anchor = average
     for step in range(first, s.steps):
         for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
             optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
         z = torch.randn(s.batch, *teacher.shape, device=device)
-        c_phi, c_psi, forgotten = draw_labels(s.batch, override, kept, teacher.conditions, s.forget_share)
+        c_phi, c_psi, forgotten = ask(s.batch)
         D_phi = guided(teacher, c_psi, forgotten, s.guidance) if s.guidance != 1 else teacher
         terms = sfd_step(generator, fake, D_phi, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s,
                          teacher.sigma_data, anchor)
@@ -230,7 +234,7 @@ def train(s, teacher, info, c_f, c_o, evaluator=None):
     run = Run(s, state, pinned={"teacher": info["sha256"]})
     for model in filter(lambda part: s.compile and hasattr(part, "compile"), (teacher, *state.values())):
         model.compile()
-    for terms in run.steps(distill(s, c_f, c_o, teacher, **state, first=run.step)):
+    for terms in run.steps(distill(s, about_labels(s, teacher, c_f, c_o), teacher, **state, first=run.step)):
         if run.step in (20, 40, 60, 80, s.steps) or run.step % 100 == 0:
             run.log(terms | (evaluator.probe(state["average"], s.sigma_init) if evaluator else {}))
     return state["average"], save_generator(run, info, c_f, c_o, state["average"], state["fake"])
@@ -244,7 +248,8 @@ def main(argv):
     teacher, info = load_teacher(s.teacher, s.data, device)
     c_f, c_o = label_numbers(s, info["classes"])
     s.out = s.out or f"runs/{run_name(s)}"
-    print(f"SFD on {device.type}: {run_in_words(s, c_f, c_o, info['classes'])}; writing to {s.out}")
+    print(f"SFD on {device.type}: {who(c_f, c_o, info['classes'])}; writing to {s.out}\n"
+          f"{s.recipe}: {' '.join(f'{name}={value}' for name, value in s.taken.items())}")
     evaluator = Evaluator.find(teacher, info, c_f, c_o)
     generator, content = train(s, teacher, info, c_f, c_o, evaluator)
     if evaluator:

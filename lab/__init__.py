@@ -9,6 +9,6 @@
     judge, sample                                    classifiers; images out
     run, convert, report                             runs that resume; published pickles; numbers as tables
     cli, checkpoint, labels                          settings from a command line; files <-> networks; who is forgotten
-    device, data, edm_pickle, figures, closed_form, [edm_unet.py]                the ground; images in
+    device, data, edm_pickle, figures, closed_form, denoisers, [edm_unet.py]     the ground; images in; other networks
     errors                                           below it
 """

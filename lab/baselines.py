@@ -21,7 +21,7 @@ from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import PROTOCOL, Evaluator
 from lab.figures import methods_figure
-from lab.labels import label_number
+from lab.labels import label_number, run_name, who
 from lab.methods import METHODS, World
 from lab.report import markdown
 from lab.run import Run, refuse_changed, update_average
@@ -131,6 +131,7 @@ class Bench:
         self.c_f, self.c_o = (label_number(word, self.info["classes"]) for word in (s.forget, s.to))
         if self.c_f == self.c_o:
             raise BadInput(f"--to {s.to} is itself to be forgotten: override it with a label that is kept")
+        print(who([self.c_f], [self.c_o], self.info["classes"]))
         self.evaluator = Evaluator.find(self.teacher, self.info, [self.c_f], [self.c_o])
         if self.evaluator is None:
             raise BadInput(f"without judges of {s.data} there is nothing to compare")
@@ -229,7 +230,7 @@ class Settings:
         check_ranges(self)
         if self.resume and self.overwrite:
             raise BadInput("--resume keeps what is finished and --overwrite replaces it: say one of them")
-        self.out = self.out or f"runs/{data_name(self.data)}-baselines-forget{self.forget}-to{self.to}"
+        self.out = self.out or f"runs/{run_name(self, 'baselines')}"
         self.results = self.results or f"results/{data_name(self.data)}_baselines.json"
 
 

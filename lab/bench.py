@@ -103,16 +103,19 @@ def published_step(device, s, batch=2):
     optimizers = [torch.optim.Adam(m.parameters(), 1e-5, betas=(0.0, 0.999), fused=True) for m in (generator, fake)]
     override, kept = first_to_second(teacher)
     before = [p.detach().clone() for p in generator.parameters()]
+    take = lambda: sfd_step(generator, fake, teacher, *optimizers, torch.randn(batch, *teacher.shape, device=device),
+                            *draw_labels(batch, override, kept, teacher.conditions), s)
+    of_image_step = flops(take) / batch
     synchronize(device)
     start = time.perf_counter()
-    terms = sfd_step(generator, fake, teacher, *optimizers, torch.randn(batch, *teacher.shape, device=device),
-                     *draw_labels(batch, override, kept, teacher.conditions), s)
+    terms = take()
     synchronize(device)
     seconds = time.perf_counter() - start
     assert (all(torch.isfinite(v) for v in terms.values())
             and any((p != q).any() for p, q in zip(generator.parameters(), before)))
     print(f"published architecture, {sum(p.numel() for p in teacher.parameters()) / 1e6:.1f} M parameters, "
-          f"one SFD step of {batch} images: {seconds:.1f} s, peak memory {peak_memory(device)}")
+          f"one SFD step of {batch} images: {seconds:.1f} s, {of_image_step / 1e12:.2f} TFLOP an image, "
+          f"peak memory {peak_memory(device)}")
     fixed, of_image = counted_memory(teacher)
     for card in (16, 24, 80):
         print(f"as counted, {card} GB hold {max(0, int((card * 1e9 - fixed) / (3 * of_image)))} images at once in all "

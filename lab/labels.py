@@ -60,15 +60,15 @@ def label_numbers(s, classes):
     return c_f, c_o * (len(c_f) // len(c_o))
 
 
-def run_name(s):
-    """The folder of a run in runs/, where none is given: who is forgotten, and what is drawn instead."""
-    words = "sid" if s.forget == ("none",) else f"forget{'-'.join(s.forget)}-to{'-'.join(s.to)}"
-    return re.sub(r"[^\w. -]+", "_", f"{data_name(s.data)}-{words}")
+def run_name(s, what=""):
+    """The folder of a run in runs/, where none is given: the data set, who is forgotten, and what is drawn instead."""
+    forget, to = ((words,) if isinstance(words, str) else words for words in (s.forget, s.to))
+    words = "sid" if forget == ("none",) else f"forget{'-'.join(forget)}-to{'-'.join(to)}"
+    return re.sub(r"[^\w. -]+", "_", "-".join(filter(None, (data_name(s.data), what, words))))
 
 
-def run_in_words(s, c_f, c_o, classes):
-    """What a run is about to do: labels, and the settings that its recipe gave."""
-    what = "; ".join(f"{named(f, classes)} is forgotten, "
+def who(c_f, c_o, classes):
+    """Who is forgotten, and what is drawn instead, by name."""
+    return "; ".join(f"{named(f, classes)} is forgotten, "
                      f"{'a random kept label' if o < 0 else named(o, classes)} drawn instead"
                      for f, o in zip(c_f, c_o)) or "nothing is forgotten"
-    return f"{what}; {s.recipe}: {' '.join(f'{k}={v}' for k, v in s.taken.items())}"

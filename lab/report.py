@@ -30,7 +30,7 @@ def percent(share):
 
 def markdown(head, rows):
     """A Markdown table that also reads well in a terminal; cells are strings."""
-    lines = [[str(cell) for cell in line] for line in (head, *rows)]
+    lines = [[str(cell).replace("|", r"\|") for cell in line] for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     text = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines]
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])

@@ -236,7 +236,7 @@ def test_a_run_leaves_the_teacher_as_it_was(tiny):
     before = {k: v.clone() for k, v in teacher.state_dict().items()}
     s = sfd_minimal.Settings(steps=3, batch=4)
     state = sfd_minimal.begin(s, teacher, info)
-    for _ in sfd_minimal.distill(s, [0], [1], teacher, **state):
+    for _ in sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [1]), teacher, **state):
         pass
     assert_same(teacher.state_dict(), before)
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -274,7 +274,7 @@ def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch
     def run(**changed):
         s = sfd_minimal.Settings(**{"steps": 2, "batch": 4} | changed)
         state = sfd_minimal.begin(s, teacher, info)
-        for _ in sfd_minimal.distill(s, [0], [1], teacher, **state):
+        for _ in sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [1]), teacher, **state):
             pass
         return seen[-1], state
 
@@ -320,7 +320,7 @@ def test_any_denoiser_can_be_distilled():
     teacher = Prompted()
     s = sfd_minimal.Settings(steps=3, batch=8, guidance=1.5, lambda_anchor=0.5)
     state = sfd_minimal.begin(s, teacher)
-    losses = list(sfd_minimal.distill(s, [0], [2], teacher, **state))
+    losses = list(sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [2]), teacher, **state))
     assert len(losses) == 3 and all(torch.isfinite(v) for terms in losses for v in terms.values())
     assert not torch.equal(state["generator"].net.weight, teacher.net.weight)
 
