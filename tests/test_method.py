@@ -294,7 +294,7 @@ MUTATIONS = {  # name: (line as it is, line broken)
     "guidance towards the forgotten label": ("D_f + guidance * (D_phi[rows] - D_f)",
                                              "D_phi[forgotten] + guidance * (D_f - D_phi[forgotten])"),
     "guidance counted twice": ("D_f + guidance *", "D_phi[forgotten] + guidance *"),
-    "guidance from the override itself": ("and_rows(c_phi, c_psi)", "and_rows(c_phi, c_phi)"),
+    "guidance from the override itself": ("each(and_rows, c_phi, c_psi)", "each(and_rows, c_phi, c_phi)"),
     "weight of L_psi inverted": ("/ (sigma * sigma_data) ** 2", "* (sigma * sigma_data) ** 2"),
     "share of the wrong labels": ("where(to_forget,", "where(~to_forget,"),
     "override ignored": ("conditions[c_o], conditions[c],", "conditions[c], conditions[c],"),
