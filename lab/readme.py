@@ -18,6 +18,7 @@ FILES = ("README.md", "results/README.md")
 GROUPS = {  # of runs.csv, in words, in the order of the tables
     "default": "the default",
     "two-stage": "`--init-from` the one-step generator",
+    "a batch for each": "the default, a batch for each update",
     "paper 900": "900 steps, rates of 5e-4 and 1.7e-3",
     "guided and anchored": "the same with guidance 1.2 and an anchor",
     "two-stage guided": "`--init-from`, with guidance 1.3",
