@@ -20,7 +20,7 @@ from tqdm import tqdm
 from edm_unet import heun_sampler, sigma_grid
 from lab.checkpoint import digest, read_file, save_atomically
 from lab.cli import check_ranges, command, parse, setting
-from lab.data import load_images, to_float, to_uint8
+from lab.data import load_images, misfit, to_float, to_uint8
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import Evaluator
@@ -40,8 +40,10 @@ class Suspect:
         if len(content.get("forget", [])) != 1:
             raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
         self.c_f, self.data, self.device = content["forget"][0], content["data"], device
-        self.K, self.nfe, self.one_step = len(self.network.conditions), content["nfe"], content["nfe"] == 1
         self.sigma_init, self.size = content.get("sigma_init"), content.get("size")
+        self.K, self.nfe, self.one_step = len(self.network.conditions), content["nfe"], content["nfe"] == 1
+        if differs := misfit(self.data, content["classes"], self.network.shape, self.size):
+            raise BadInput(f"{path} {differs}")
         self.evaluator = Evaluator(self.data, device, [self.c_f], content["to"])
         self.share = 20 if fast else 1  # of all efforts, one in so many: for tests
 

@@ -16,7 +16,7 @@ import sfd_minimal
 from edm_unet import EDMPrecond
 from lab.checkpoint import load_teacher, pack, save_atomically
 from lab.cli import check_ranges, command, comparable, parse, setting
-from lab.data import data_name, load_images
+from lab.data import data_name, how_many, load_images
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import PROTOCOL, Evaluator
@@ -92,7 +92,10 @@ def unlearn(name, method, bench, out, resume):
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], method.lr,
                                  betas=(0.9, 0.99), fused=True)
     state = {"network": network, "average": average, "optimizer": optimizer}
-    run = Run(training, state, pinned={"teacher": bench.info["sha256"]})
+    pinned = {"teacher": bench.info["sha256"]}
+    if method.data != "none":
+        pinned["images"] = how_many(bench.real_data()[1], bench.info["classes"])
+    run = Run(training, state, pinned)
     for _ in run.steps(train(method, world, **state, first=run.step)):
         pass
     return average, comparable(training), preparation + run.seconds

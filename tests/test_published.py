@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import sfd_minimal
-from conftest import module, run
-from lab import evaluate
-from lab.checkpoint import load_checkpoint, unpack
+from conftest import CPU, module, run
+from lab import edm_pickle, evaluate
+from lab.checkpoint import load_checkpoint, load_teacher, unpack
 from lab.edm_pickle import read_published
 from lab.errors import BadInput
 from test_unet import golden
@@ -49,6 +49,31 @@ def test_a_published_pickle_is_a_teacher(tmp_path, monkeypatch, capsys):
         evaluate.main([str(tmp_path / "runs" / "cifar10-forget0-to1"), "--teacher", str(FILE), "--device", "cpu"])
     assert says in capsys.readouterr().out
     assert not (tmp_path / "runs" / "cifar10-forget0-to1" / "metrics.json").exists()
+
+
+def test_a_pickle_in_capitals_is_of_the_data_set_that_is_said(tmp_path):
+    path = tmp_path / "NETWORK.PKL"
+    path.write_bytes(FILE.read_bytes())
+    teacher, info = load_teacher(path, "objects", CPU)
+    assert info["data"] == "objects" and info["classes"] == [str(k) for k in range(10)] and teacher.shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("inside, change, says", [
+    ("", {"label_dim": 0}, "it has no labels"), ("", {"class_name": "VPPrecond"}, "its preconditioning is VPPrecond"),
+    ("", {"class_name": "VEPrecond"}, "expected is EDMPrecond"),
+    ("", {"class_name": "iDDPMPrecond"}, "is iDDPMPrecond"),
+    ("model", {"class_name": "DhariwalUNet"}, "its network is DhariwalUNet")])
+def test_another_kind_of_published_network_is_called_by_its_name(inside, change, says, monkeypatch):
+    """The file of the right kind, changed after reading, as these kinds differ from it."""
+    load = edm_pickle._Unpickler.load
+
+    def changed(self):
+        content = load(self)
+        (content["ema"]["_modules"][inside] if inside else content["ema"]).update(change)
+        return content
+    monkeypatch.setattr(edm_pickle._Unpickler, "load", changed)
+    with pytest.raises(BadInput, match=says):
+        read_published(FILE)
 
 
 class Reduce:
