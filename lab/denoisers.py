@@ -7,6 +7,7 @@ tensor, or a tuple or dict of tensors. x and D of the wrapper are in SFD's units
 """
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def each(f, *c):
@@ -16,21 +17,35 @@ def each(f, *c):
     return tuple(map(f, *c)) if isinstance(c[0], tuple) else f(*c)
 
 
+def in_parts(D, size, x, sigma, c):
+    """D(x, sigma, c) of `size` images at a time, each part evaluated again for its gradient: the memory of one, for a
+    third more time."""
+    parts = range(0, len(x), size)
+    return torch.cat([checkpoint(D, x[i:i + size], sigma[i:i + size], each(lambda of: of[i:i + size], c),
+                                 use_reentrant=False) for i in parts])
+
+
 class Denoiser(nn.Module):
     """A network that learned another prediction; `conditions`, `shape` and `sigma_data` are what SFD asks a teacher
-    for. Its parameters are those of the network, which trains through it."""
+    for. Its parameters are those of the network, which trains through it. See `in_parts` for `micro_batch`."""
 
-    def __init__(self, net, conditions, shape, sigma_data=0.5):
+    def __init__(self, net, conditions, shape, sigma_data=0.5, micro_batch=None):
         super().__init__()
         self.net, self.conditions, self.shape, self.sigma_data = net, conditions, tuple(shape), sigma_data
+        self.micro_batch = micro_batch
+
+    def forward(self, x, sigma, c):
+        if self.micro_batch and len(x) > self.micro_batch:
+            return in_parts(self.denoise, self.micro_batch, x, sigma, c)
+        return self.denoise(x, sigma, c)
 
 
 class Discrete(Denoiser):
     """One that knows the steps 0, ..., T - 1 of a schedule: alphas_cumprod (T,), falling. The noise level of step t is
     sigma_t = sqrt(1 / alphas_cumprod_t - 1); between two t is interpolated in ln sigma, and beyond them it stops."""
 
-    def __init__(self, net, alphas_cumprod, conditions, shape, sigma_data=0.5):
-        super().__init__(net, conditions, shape, sigma_data)
+    def __init__(self, net, alphas_cumprod, conditions, shape, sigma_data=0.5, micro_batch=None):
+        super().__init__(net, conditions, shape, sigma_data, micro_batch)
         self.register_buffer("ln_sigma", (1 / alphas_cumprod.double() - 1).log() / 2)
 
     def time(self, sigma):
@@ -44,14 +59,14 @@ class Discrete(Denoiser):
 class FromEpsilon(Discrete):
     """The network predicts the noise eps in x / sqrt(1 + sigma^2): D = x - sigma eps."""
 
-    def forward(self, x, sigma, c):
+    def denoise(self, x, sigma, c):
         return x - sigma * self.net(x / (1 + sigma ** 2).sqrt(), self.time(sigma), c)
 
 
 class FromV(Discrete):
     """The network predicts v = (eps - sigma x_0) / r, r = sqrt(1 + sigma^2), at x / r: D = (x / r - sigma v) / r."""
 
-    def forward(self, x, sigma, c):
+    def denoise(self, x, sigma, c):
         r = (1 + sigma ** 2).sqrt()
         return (x / r - sigma * self.net(x / r, self.time(sigma), c)) / r
 
@@ -60,6 +75,6 @@ class FromFlow(Denoiser):
     """Rectified flow: the network predicts the velocity u = eps - x_0 at (1 - t) x_0 + t eps = x / (1 + sigma), where
     t = sigma / (1 + sigma): D = x / (1 + sigma) - t u."""
 
-    def forward(self, x, sigma, c):
+    def denoise(self, x, sigma, c):
         t = sigma / (1 + sigma)
         return x / (1 + sigma) - t * self.net(x / (1 + sigma), t.flatten(1)[:, 0], c)
