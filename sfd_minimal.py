@@ -27,7 +27,6 @@ from lab.evaluate import Evaluator
 from lab.labels import label_numbers, run_name, who
 from lab.run import Run, RunSettings, update_average
 
-
 RECIPES = {  # what a run takes for the settings that are not given
     "from the teacher": dict(steps=1000, lr=3e-4, lr_fake=1e-3, lambda_anchor=0.0),
     "from a one-step generator": dict(steps=135, lr=8e-4, lr_fake=2.7e-3, lambda_anchor=3.0, forget_share=0.5),
@@ -40,7 +39,7 @@ class Settings(RunSettings):
     forget: tuple = setting(("0",), "labels to forget, by name or number, or none: plain SiD, nothing is forgotten")
     to: tuple = setting(("random",), "label that overrides them, or one for each, or random: uniform over the rest")
     data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
-    teacher: str = setting("", "checkpoint of the teacher (default: teachers/<data>.pt beside this file)", trains=False)
+    teacher: str = setting("", "checkpoint of the teacher (default: the shipped one, or runs/<data>-teacher)", trains=False)
     init_from: str = setting("", "start generator and fake score from this both.pt; the teacher stays the true one")
     steps: int = setting(None, "optimizer steps of generator and fake score (None here and below: RECIPES)", above=0)
     batch: int = setting(64, "generated images per step", above=0)
@@ -158,6 +157,7 @@ def guided(teacher, c_psi, forgotten, guidance):
     The larger g, the surer and the less varied what is drawn under c_f; g = 1 asks about c_o alone.
     """
     rows = forgotten.nonzero()[:, 0]                # (n,), once: how many they are is what a GPU is waited for
+
     def D(x_t, sigma, c_phi):
         and_rows = lambda v, of: torch.cat([v, of[rows]])  # one forward answers both questions
         both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), each(and_rows, c_phi, c_psi))

@@ -293,7 +293,8 @@ def audit(out, device, data_dir, fast=False):
     audit_figure({name: {a: (pictures[name][a], r[a]["share"]) for a in ATTACKS} for name, r in results.items()},
                  out / "audit.png")
     print(table(results), *(in_words(name, r) for name, r in results.items()), sep="\n")
-    print(f"numbers in {out / 'audit.json'}, pictures in {out / 'audit.png'}")
+    print(f"numbers in {out / 'audit.json'}, pictures in {out / 'audit.png'}\n"
+          f"next: python -m lab.sample {next(iter(folders.values())) / 'generator.pt'} --n 100 --out samples.png")
     return results
 
 

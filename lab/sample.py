@@ -123,7 +123,10 @@ def main(argv):
     except OSError as e:
         raise BadInput(f"cannot write to {out}: {e.strerror or e}") from e
     drawn = [f"{n} of {named(k, classes)}" for k, n in zip(*(v.tolist() for v in labels.unique(return_counts=True)))]
-    print(f"{s.n} images in {out}: {', '.join(drawn)}")
+    path = in_folder(s.sample, "generator.pt")
+    print(f"{s.n} images in {out}: {', '.join(drawn)}\nnext: " + (
+        f"python -m lab.evaluate {path.parent}" if (path.parent / "checkpoint.pt").exists() and "sigma_init" in info
+        else f"python sfd_minimal.py --data {info['data']} --forget 0 --to 1"))
 
 
 if __name__ == "__main__":
