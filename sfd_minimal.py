@@ -39,7 +39,7 @@ class Settings(RunSettings):
     forget: tuple = setting(("0",), "labels to forget, by name or number, or none: plain SiD, nothing is forgotten")
     to: tuple = setting(("random",), "label that overrides them, or one for each, or random: uniform over the rest")
     data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
-    teacher: str = setting("", "its checkpoint (default: the shipped one, or that in runs/<data>-teacher)", trains=False)
+    teacher: str = setting("", "its checkpoint (default: the shipped one, or in runs/<data>-teacher)", trains=False)
     init_from: str = setting("", "start generator and fake score from this both.pt; the teacher stays the true one")
     steps: int = setting(None, "optimizer steps of generator and fake score (None here and below: RECIPES)", above=0)
     batch: int = setting(64, "generated images per step", above=0)

@@ -288,8 +288,8 @@ def audit(out, device, data_dir, fast=False):
     results, pictures = {}, {}
     for name, folder in folders.items():
         results[name], pictures[name] = audit_one(folder, device, data_dir, fast)
-        (out / "audit.json").write_text(
-            json.dumps({"machine": machine(device), "networks": results}, indent=1) + "\n")
+        results[name]["machine"] = machine(device)
+        (out / "audit.json").write_text(json.dumps({"networks": results}, indent=1) + "\n")
     audit_figure({name: {a: (pictures[name][a], r[a]["share"]) for a in ATTACKS} for name, r in results.items()},
                  out / "audit.png")
     print(table(results), *(in_words(name, r) for name, r in results.items()), sep="\n")

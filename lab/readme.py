@@ -17,7 +17,9 @@ from lab.report import ROOT, markdown, read_runs
 FILES = ("README.md", "results/README.md")
 GROUPS = {  # of runs.csv, in words, in the order of the tables
     "default": "the default",
+    "default elsewhere": "the default, seed 0, on two other machines",
     "two-stage": "`--init-from` the one-step generator",
+    "two-stage elsewhere": "the same, seed 0, without bfloat16",
     "a batch for each": "the default, a batch for each update",
     "paper 900": "900 steps, rates of 5e-4 and 1.7e-3",
     "guided and anchored": "the same with guidance 1.2 and an anchor",
@@ -25,6 +27,8 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
     "an hour": "7,000 steps, low rates, guidance 1.2",
     "plain teacher": "from a teacher without guidance in it",
 }
+AT_A_GLANCE = ("default", "default elsewhere", "two-stage", "a batch for each", "paper 900", "guided and anchored",
+               "an hour")  # the groups of README.md's table; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
 SIDE_BY_SIDE = ("retrain", "finetune", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
                 "sfd", "sfd_two_stage")
@@ -69,13 +73,16 @@ def first():
     rows = {"the teacher": beside("teacher"), "one step, nothing forgotten; in `teachers/`": beside("un_erased")}
     rows |= {words: [row for row in of_group(group) if (row["pair"], row["seed"]) == ("0 to 1", "0")]
              for group, words in FIRST.items()}
-    return markdown(["MNIST: forget 0, draw 1 instead", *titles],
-                    [line([words], found, titles) for words, found in rows.items()])
+    slow = {words: [row for row in of_group(f"{group} elsewhere") if row["bf16"] == "False"]
+            for group, words in FIRST.items()}
+    return markdown(["MNIST: forget 0, draw 1 instead", *titles, "without bfloat16"],
+                    [line(line([words], found, titles), slow.get(words, []), ["seconds"])
+                     for words, found in rows.items()])
 
 
 def summary():
     what = {"the teacher": beside("teacher"), "one step, nothing forgotten": beside("un_erased")}
-    what |= {words: of_group(group) for group, words in GROUPS.items()}
+    what |= {GROUPS[group]: of_group(group) for group in AT_A_GLANCE}
     protocols = [" and ".join(sorted({row["protocol"] for row in rows})) for rows in what.values()]
     return markdown(["", "runs", "protocol", *LONG],
                     [line([words, len(rows), p], rows, LONG) for (words, rows), p in zip(what.items(), protocols)])
@@ -85,14 +92,6 @@ def every_run():
     return markdown(["group", "labels", "seed", "protocol", *LONG],
                     [line([group, row["pair"], row["seed"], row["protocol"]], [row], LONG)
                      for group in GROUPS for row in of_group(group)])
-
-
-def tried():
-    titles = ["UA", "as override", "kept accuracy", "FD", "FD / teacher's", "recall"]
-    return markdown(["labels", "seed", "what differs", "steps", "lr / lr_fake", *titles],
-                    [line([row["pair"], row["seed"], row["note"].split(";")[0], row["steps"],
-                           f"{row['lr']} / {row['lr_fake']}"], [row], titles)
-                     for group in ("tried", "sweep") for row in of_group(group)])
 
 
 def read(name):
@@ -106,7 +105,7 @@ def side_by_side():
         if lacking := [file for file in found if name not in found[file]]:
             raise RunFailed(f"results/{lacking[0]}.json has no {name}")
         m, n = (f[name] for f in found.values())
-        steps, limit = n["relearning"]["10"]["steps"], n["relearning"].get("limit", 60)
+        steps, limit = n["relearning"]["10"]["steps"], n["relearning"]["limit"]
         rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua']:.1%}",
                      f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
                      f"{n['label search']['share']:.0%}", f"more than {limit}" if steps is None else steps])
@@ -114,7 +113,7 @@ def side_by_side():
                      "steps to relearn"], rows)
 
 
-TABLES = {"first": first, "summary": summary, "runs": every_run, "tried": tried, "side by side": side_by_side,
+TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

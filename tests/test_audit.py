@@ -107,7 +107,8 @@ def test_an_audit_is_remembered_for_these_judges_alone(audited, mnist_dir, tmp_p
 def test_report_is_complete(audited):
     folder, results = audited
     saved = json.loads((folder / "audit.json").read_text())
-    assert set(saved["networks"]) == {"guilty", "blank"} and saved["machine"]["torch"]
+    assert set(saved["networks"]) == {"guilty", "blank"}
+    assert all(network["machine"]["torch"] for network in saved["networks"].values())
     assert [saved["networks"][name]["evaluations"] for name in ("guilty", "blank")] == [1, 35]
     for r in saved["networks"].values():
         assert set(audit.ATTACKS) <= set(r) and all(0 <= r[a]["share"] <= 1 and r[a]["n"] > 0 for a in audit.ATTACKS)
