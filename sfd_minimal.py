@@ -25,13 +25,8 @@ from lab.denoisers import each
 from lab.device import pick_device, seed_everything
 from lab.evaluate import Evaluator
 from lab.labels import label_numbers, run_name, who
+from lab.recipes import RECIPES, recipe_name
 from lab.run import Run, RunSettings, update_average
-
-RECIPES = {  # what a run takes for the settings that are not given
-    "from the teacher": dict(steps=1000, lr=3e-4, lr_fake=1e-3, lambda_anchor=0.0),
-    "from a one-step generator": dict(steps=135, lr=8e-4, lr_fake=2.7e-3, lambda_anchor=3.0, forget_share=0.5),
-    "forgetting nothing": dict(steps=7000, lr=1e-4, lr_fake=3.4e-4, lambda_anchor=0.0),
-}
 
 
 @dataclass
@@ -41,8 +36,8 @@ class Settings(RunSettings):
     data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
     teacher: str = setting("", "its checkpoint (default: the shipped one, or in runs/<data>-teacher)", trains=False)
     init_from: str = setting("", "start generator and fake score from this both.pt; the teacher stays the true one")
-    steps: int = setting(None, "optimizer steps of generator and fake score (None here and below: RECIPES)", above=0)
-    batch: int = setting(64, "generated images per step", above=0)
+    steps: int = setting(None, "optimizer steps (None, here and below: `lab.recipes`)", above=0)
+    batch: int = setting(None, "generated images per step", above=0)
     lr: float = setting(None, "generator's learning rate (Adam): constant for half the run, then to zero", above=0)
     lr_fake: float = setting(None, "the same for the fake score, which must keep up", above=0)
     alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
@@ -61,8 +56,7 @@ class Settings(RunSettings):
     compile: bool = setting(False, "torch.compile the networks: a minute, then faster steps on a GPU", trains=False)
 
     def __post_init__(self):
-        start = "from a one-step generator" if self.init_from else "from the teacher"
-        self.recipe = start if self.forget != ("none",) else "forgetting nothing"
+        self.recipe = recipe_name(self.data, self.teacher, self.forget != ("none",), self.init_from)
         self.taken = self.fill(RECIPES[self.recipe])
 
 

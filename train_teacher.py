@@ -26,10 +26,10 @@ from lab.sample import TEACHER_NFE, draw, many_step
 # A folder of images starts from "images".
 TEACHERS = {
     "mnist": dict(net=NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1),
-                  p_mean=0.2, flip=False, steps=11_000, batch=64, lr=2e-3),
-    "cifar10": dict(net=NetSettings(resolution=32, channels=3, model_channels=64, channel_mult=(1, 3, 3),
-                                    num_blocks=2, attn_resolutions=(16,), dropout=0.1),
-                    p_mean=-1.2, flip=True, steps=20_000, batch=512, lr=1e-3),
+                  p_mean=0.2, p_std=1.2, flip=False, steps=11_000, batch=64, lr=2e-3),
+    "cifar10": dict(net=NetSettings(resolution=32, channels=3, patch=2, model_channels=64, channel_mult=(1, 2, 2),
+                                    num_blocks=1, attn_resolutions=(8,)),
+                    p_mean=-0.4, p_std=1.4, flip=True, steps=4_400, batch=512, lr=2e-3),
 }
 TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
 TEACHERS["images"] = TEACHERS["cifar10"]
@@ -46,7 +46,7 @@ class Settings(RunSettings):
     warmup: int = setting(200, "steps of linear learning-rate warm-up", above=0)
     ema: float = setting(0.999, "decay of the weight average that is shipped", at_least=0, below=1)
     p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
-    p_std: float = setting(1.2, "standard deviation of ln sigma in training", above=0)
+    p_std: float = setting(None, "standard deviation of ln sigma in training; EDM's is 1.2", above=0)
     guidance: float = setting(1.0, "strength of the guidance that becomes part of the network; 1: EDM's own loss",
                               at_least=1)
     guidance_below: float = setting(None, "guide only at noise levels sigma below this (None: at all)", above=0)

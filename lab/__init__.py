@@ -6,9 +6,10 @@
     methods                                          their losses
     [sfd_minimal.py, train_teacher.py]               at the root
     evaluate                                         one verdict: UA, Frechet distance, precision and recall
+    fid                                              the literature's FID, optional
     judge, sample                                    classifiers; images out
     run, convert, report                             runs that resume; published pickles; numbers as tables
     cli, checkpoint, labels                          settings from a command line; files <-> networks; who is forgotten
-    device, data, edm_pickle, figures, closed_form, denoisers, [edm_unet.py]     the ground; images in; other networks
+    device, data, recipes, edm_pickle, figures, closed_form, denoisers, [edm_unet.py]  ground; images in; networks
     errors                                           below it
 """

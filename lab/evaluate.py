@@ -19,6 +19,7 @@ from lab.cli import check_ranges, command, parse, setting
 from lab.data import class_names, data_name
 from lab.device import machine, pick_device
 from lab.errors import BadInput
+from lab.fid import fid_of
 from lab.figures import curves_figure, samples_figure
 from lab.judge import class_stats, load_judge
 from lab.report import markdown, percent
@@ -282,6 +283,8 @@ class Settings:
     per_label: int = setting(PER_LABEL, "images judged under each label; five times as many under a forgotten one",
                              above=0)
     teacher: str = setting("", "its teacher, if it is no longer where it was")
+    fid: bool = setting(False, "the literature's FID as well, of generator and teacher (lab.fid): a GPU, or hours")
+    data_dir: str = setting("data", "where the training images are, for --fid")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     __post_init__ = check_ranges
 
@@ -302,7 +305,12 @@ def main(argv):
     evaluator = Evaluator.find(teacher, info, content["forget"], content["to"])
     if evaluator is None:
         raise BadInput(f"{s.run} was not judged")
-    evaluator.verdict(run, generator, content, s.per_label)
+    result = evaluator.verdict(run, generator, content, s.per_label)
+    if s.fid:
+        for row, file in ((result, path), (result["teacher"], info["path"])):
+            row |= fid_of(file, s.data_dir, device)
+            print(f"FID of {file}: {row['fid']:.2f}, {row['n_fid']} images")
+        (run / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

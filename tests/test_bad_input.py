@@ -167,7 +167,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("baselines", "--method magic", "--method magic is not known"),
     ("baselines", "--resume --overwrite", "say one of them"),
     ("baselines", "--to 0", "itself to be forgotten"), ("baselines", "--forget 11", "no label"),
-    ("baselines", "--lr 1", "unrecognized"), ("baselines", "--data cifar10", "no teacher"),
+    ("baselines", "--lr 1", "unrecognized"), ("baselines", "--data fashion_mnist", "no teacher"),
     ("baselines", "--per-label 0", "--per-label must be finite and above 0"),
     ("baselines", "--out {}", "holds a run already"),
     ("baselines", "--method retrain_sid --out nowhere --per-label 1", "which is not there"),

@@ -20,10 +20,12 @@ FLOORS = [  # from the top; a module imports from floors below its own alone
     ["lab.methods"],
     ["sfd_minimal", "train_teacher"],
     ["lab.evaluate"],
+    ["lab.fid"],
     ["lab.judge", "lab.sample"],
     ["lab.run", "lab.convert", "lab.report"],
     ["lab.cli", "lab.checkpoint", "lab.labels"],
-    ["lab.device", "lab.data", "lab.edm_pickle", "lab.figures", "lab.closed_form", "lab.denoisers", "edm_unet"],
+    ["lab.device", "lab.data", "lab.recipes", "lab.edm_pickle", "lab.figures", "lab.closed_form", "lab.denoisers",
+     "edm_unet"],
     ["lab.errors"],
 ]
 MODULES = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."): path.read_text()

@@ -21,6 +21,7 @@ from conftest import ROOT, image_folder, program
 from lab import evaluate
 from lab.checkpoint import load_checkpoint, load_teacher, pack, save_atomically
 from lab.errors import BadInput, RunFailed
+from lab.recipes import RECIPES
 from lab.run import Run
 
 BASE = ["--forget", "0", "--to", "1", "--batch", "4", "--device", "cpu"]
@@ -288,14 +289,17 @@ def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch
 
 
 def test_a_start_brings_its_own_settings_and_what_is_said_wins(capsys, tiny, tmp_path, unjudged):
-    for said in ({}, {"init_from": "both.pt"}, {"forget": ("none",)}):
-        s = sfd_minimal.Settings(**said)
-        recipe = sfd_minimal.RECIPES[s.recipe]
-        assert {k: getattr(s, k) for k in recipe} == recipe == s.taken
+    found = set()
+    for said in ({}, {"data": "cifar10"}, {"data": "cifar10", "teacher": "up/edm-cifar10-32x32-cond-vp.pkl"}):
+        for start in ({}, {"init_from": "both.pt"}, {"forget": ("none",)}):
+            s = sfd_minimal.Settings(**said, **start)
+            found.add(s.recipe)
+            assert {k: getattr(s, k) for k in RECIPES[s.recipe]} == RECIPES[s.recipe] == s.taken
+    assert found == set(RECIPES)
     s = sfd_minimal.Settings(init_from="both.pt", steps=7, lambda_anchor=0.0)
     assert s.steps == 7 and s.lambda_anchor == 0 and s.forget_share == 0.5 and "steps" not in s.taken
     sfd_minimal.main([*BASE, *unjudged, "--out", str(tmp_path / "run"), "--steps", "1"])
-    out, recipe = capsys.readouterr().out, sfd_minimal.RECIPES["from the teacher"]
+    out, recipe = capsys.readouterr().out, RECIPES["cifar10, from the teacher"]  # a folder has CIFAR-10's
     assert f"lr={recipe['lr']} lr_fake={recipe['lr_fake']}" in out and "steps=" not in out
     content = load_checkpoint(tmp_path / "run" / "generator.pt")[1]
     assert content["settings"]["lr"] == recipe["lr"] and content["settings"]["guidance"] == 1.0

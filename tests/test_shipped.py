@@ -1,5 +1,6 @@
 """The weights that come with the project are what their numbers say, on a few hundred samples."""
 import json
+import re
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def confusion(name, counts):
     """(K, K) how often the judge takes a network's images, counts[k] of each label, for each class."""
     generate, network, _ = load_generator(TEACHERS / name, CPU)
     labels = torch.arange(10).repeat_interleave(torch.tensor(counts))
-    judge, _ = load_judge(TEACHERS / "mnist_judge.pt", CPU)
+    judge, _ = load_judge(TEACHERS / f"{name.split('_')[0]}_judge.pt", CPU)
     return class_stats(judge, draw(generate, labels, network, seed=5), labels, keep=0)["confusion"]
 
 
@@ -82,19 +83,35 @@ def test_judges_of_cifar10_know_photographs(number):
         assert (info["test"]["confusion"].diag().sum() / 10_000).item() == pytest.approx(info["accuracy"])
 
 
-@pytest.mark.parametrize("name", ["mnist", "mnist_sid"])
+@pytest.mark.parametrize("name", ["mnist", "mnist_sid", "cifar10", "cifar10_sid"])
 def test_what_was_recorded_belongs_to_these_files(name):
     """So that a first run need not measure it again."""
-    memory = recorded(name)
-    assert memory["files"] == digest(*(TEACHERS / n for n in (f"{name}.pt", "mnist_judge.pt", "mnist_judge2.pt")))
+    memory, data = recorded(name), name.removesuffix("_sid")
+    assert memory["files"] == digest(*(TEACHERS / n for n in (f"{name}.pt", f"{data}_judge.pt", f"{data}_judge2.pt")))
     assert memory["protocol"] == evaluate.PROTOCOL and memory["dtype"] == "float32" and memory["machine"]["torch"]
     assert memory["per_label"] == evaluate.PER_LABEL == 1000 and memory["stats"]["confusion"].sum() == 10_000
 
 
-def test_one_step_generator_is_of_this_teacher():
-    _, info = load_checkpoint(TEACHERS / "mnist_sid.pt")
-    assert info["teacher_sha256"] == digest(TEACHERS / "mnist.pt") and info["forget"] == []
-    assert accuracy(confusion("mnist_sid.pt", [30] * 10)) > accuracy(recorded("mnist_sid")["stats"]["confusion"]) - 0.03
+@pytest.mark.parametrize("data, slack", [("mnist", 0.03), ("cifar10", 0.1)])
+def test_one_step_generator_is_of_this_teacher(data, slack):
+    name = f"{data}_sid"
+    _, info = load_checkpoint(TEACHERS / f"{name}.pt")
+    assert info["teacher_sha256"] == digest(TEACHERS / f"{data}.pt") and info["forget"] == []
+    assert accuracy(confusion(f"{name}.pt", [30] * 10)) > accuracy(recorded(name)["stats"]["confusion"]) - slack
+
+
+def test_teacher_of_cifar10_is_the_one_that_was_measured():
+    """Forty images by 35 evaluations; and what is recorded of 10,000, as teachers/README.md says it."""
+    generate, teacher, info = load_generator(TEACHERS / "cifar10.pt", CPU)
+    assert info["nfe"] == 35 and info["classes"][0] == "airplane" and teacher.shape == (3, 32, 32)
+    judge, _ = load_judge(TEACHERS / "cifar10_judge.pt", CPU)
+    labels = torch.arange(10).repeat_interleave(4)
+    seen = class_stats(judge, draw(generate, labels, teacher, seed=5), labels, keep=0)["confusion"]
+    of = recorded("cifar10")["stats"]["confusion"]
+    assert accuracy(seen) > accuracy(of) - 0.2
+    said = re.search(r"\| judged as its label, % \| 65.9 \|(.*)\|", (TEACHERS / "README.md").read_text())
+    assert f"{100 * accuracy(of):.1f}" == "65.9" and said[1].split("|") == [
+        f" {100 * a:.1f} " for a in (of.diag() / of.sum(1)).tolist()]
 
 
 def test_un_erased_generator_is_that_of_the_teacher_or_none(tmp_path, monkeypatch):
@@ -118,6 +135,7 @@ def test_forgetful_generator_is_of_this_teacher_and_forgets():
 
 def test_weights_are_stored_in_half_precision():
     for name in ("mnist.pt", "mnist_plain.pt", "mnist_sid.pt", "mnist_forget0_to1.pt",
+                 "cifar10.pt", "cifar10_sid.pt",
                  "mnist_judge.pt", "mnist_judge2.pt", "cifar10_judge.pt", "cifar10_judge2.pt"):
         kind = "judge" if "judge" in name else "denoiser"
         assert all(v.dtype == torch.float16 for v in read_file(TEACHERS / name, kind)["weights"].values()
