@@ -27,8 +27,7 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
     "an hour": "7,000 steps, low rates, guidance 1.2",
     "plain teacher": "from a teacher without guidance in it",
 }
-AT_A_GLANCE = ("default", "default elsewhere", "two-stage", "a batch for each", "paper 900", "guided and anchored",
-               "an hour")  # the groups of README.md's table; results/README.md has all
+AT_A_GLANCE = ("default", "default elsewhere", "two-stage", "an hour")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
 SIDE_BY_SIDE = ("retrain", "finetune", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
                 "sfd", "sfd_two_stage")
