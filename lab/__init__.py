@@ -3,7 +3,7 @@
     bench, readme                                    how fast; the tables of the READMEs
     sweep                                            which settings suit the other methods
     baselines, audit                                 other methods; can it come back?
-    methods                                          their losses
+    methods, stable_diffusion                        their losses; SFD on prompts, with diffusers
     [sfd_minimal.py, train_teacher.py]               at the root
     evaluate                                         one verdict: UA, Frechet distance, precision and recall
     fid                                              the literature's FID, optional

@@ -17,7 +17,7 @@ FLOORS = [  # from the top; a module imports from floors below its own alone
     ["lab.bench", "lab.readme"],
     ["lab.sweep"],
     ["lab.baselines", "lab.audit"],
-    ["lab.methods"],
+    ["lab.methods", "lab.stable_diffusion"],
     ["sfd_minimal", "train_teacher"],
     ["lab.evaluate"],
     ["lab.fid"],
@@ -101,6 +101,7 @@ def test_a_wrong_arrow_would_be_noticed(changed, says):
 
 def test_the_root_holds_three_modules():
     assert {path.name for path in ROOT.glob("*.py")} == {"sfd_minimal.py", "edm_unet.py", "train_teacher.py"}
+    assert {path.parent.name for path in ROOT.glob("*/*.py")} == {"lab", "notebooks", "tests"}
 
 
 @pytest.mark.parametrize("name, lines", [("sfd_minimal", 260), ("edm_unet", 260), ("train_teacher", 220)])

@@ -1,23 +1,19 @@
-"""examples/stable_diffusion.py on tiny pipelines with random weights: what can be said of it without real ones."""
-import importlib.util
+"""lab/stable_diffusion.py on tiny pipelines with random weights: what can be said of it without real ones."""
 import json
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, run
+from conftest import ROOT, module, run
 from lab import run as runs
+from lab import stable_diffusion as example
 from lab.errors import BadInput
 
-pytest.importorskip("diffusers", reason="needs examples/requirements.txt")
-pytest.importorskip("peft", reason="needs examples/requirements.txt")
+pytest.importorskip("diffusers", reason="needs lab/requirements.txt")
+pytest.importorskip("peft", reason="needs lab/requirements.txt")
 pytestmark = pytest.mark.filterwarnings("default")  # other people's code warns of its own future
 
-SPEC = importlib.util.spec_from_file_location("stable_diffusion", ROOT / "examples" / "stable_diffusion.py")
-example = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(example)
 
 
 def tiny_pipeline(path, predicts):
@@ -76,7 +72,7 @@ def test_five_steps_and_a_pipeline_that_draws(how, folder, tmp_path):
     assert saved["step"] == 5 and all(("lora" in k) == ("--lora" in how) for k in saved["state"]["generator"])
     ask = ["--prompt", "a photo of bob", "--n", "2", "--device", "cpu", "--out"]
     example.main(["draw", str(out), *ask, str(tmp_path / "here.png")])
-    run(sys.executable, ROOT / "examples" / "stable_diffusion.py", "draw", out, *ask, "there.png", cwd=tmp_path)
+    run(*module("lab.stable_diffusion"), "draw", out, *ask, "there.png", cwd=tmp_path)
     with Image.open(tmp_path / "here.png") as here, Image.open(tmp_path / "there.png") as there:
         assert here.size == (32, 16) and here.tobytes() == there.tobytes()
 
@@ -128,5 +124,5 @@ def test_what_is_no_pipeline_is_one_line(tmp_path):
 
 
 def test_its_first_lines_say_that_it_was_never_run_on_real_weights():
-    source = (ROOT / "examples" / "stable_diffusion.py").read_text()
+    source = (ROOT / "lab" / "stable_diffusion.py").read_text()
     assert "NEVER RUN ON REAL WEIGHTS" in "".join(source[:400]) and source.count("\n") <= 200

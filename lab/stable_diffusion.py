@@ -1,11 +1,11 @@
 """SFD on Stable Diffusion: forget a concept, draw an override instead, in one evaluation.
 
 IT WAS NEVER RUN ON REAL WEIGHTS, nor on a GPU: none were at hand. What is tested (tests/test_stable_diffusion.py) are
-tiny pipelines with random weights, on the CPU. The method's lines are those of ../sfd_minimal.py.
+tiny pipelines with random weights, on the CPU. The method's lines are those of sfd_minimal.py.
 
-    pip install -r requirements.txt -r examples/requirements.txt
-    python examples/stable_diffusion.py FOLDER --concept "brad pitt" --override "a man" --prompts FILE --out runs/sd
-    python examples/stable_diffusion.py draw runs/sd --prompt "a photo of brad pitt" --n 4 --out images.png
+    pip install -r requirements.txt -r lab/requirements.txt
+    python -m lab.stable_diffusion FOLDER --concept "brad pitt" --override "a man" --prompts FILE --out runs/sd
+    python -m lab.stable_diffusion draw runs/sd --prompt "a photo of brad pitt" --n 4 --out images.png
 
 FOLDER is a pipeline on this disk, or the id of one that was fetched before. FILE has a prompt a line; those with the
 concept in them are to forget, all others are kept. No image is needed. Memory for the 860 M parameters of version 1.5,
@@ -14,22 +14,20 @@ float32), 7 GB with --lora 64 (four networks in bfloat16); and what --micro-batc
 """
 import copy
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from lab.cli import check_ranges, command, parse, setting  # noqa: E402
-from lab.data import to_uint8  # noqa: E402
-from lab.denoisers import FromEpsilon, FromV  # noqa: E402
-from lab.device import pick_device, seed_everything  # noqa: E402
-from lab.errors import BadInput  # noqa: E402
-from lab.figures import tile, to_picture  # noqa: E402
-from lab.run import Run, RunSettings, update_average  # noqa: E402
-from sfd_minimal import decay, guided, sfd_step  # noqa: E402
+from lab.cli import check_ranges, command, parse, setting
+from lab.data import to_uint8
+from lab.denoisers import FromEpsilon, FromV
+from lab.device import pick_device, seed_everything
+from lab.errors import BadInput
+from lab.figures import tile, to_picture
+from lab.run import Run, RunSettings, update_average
+from sfd_minimal import decay, guided, sfd_step
 
 
 @dataclass
@@ -165,7 +163,7 @@ def train(s):
         pipe.unet.unload_lora()
     pipe.to("cpu").save_pretrained(run.out / "pipeline")
     (run.out / "one_step.json").write_text(json.dumps({"sigma_init": s.sigma_init}) + "\n")
-    print(f"next: python examples/stable_diffusion.py draw {s.out} --prompt ... --out images.png")
+    print(f"next: python -m lab.stable_diffusion draw {s.out} --prompt ... --out images.png")
 
 
 @dataclass
