@@ -102,6 +102,15 @@ def test_runs_of_the_readme_are_its_commands(group, said):
         assert float(row["ua"]) >= bar and row["n_forgotten"] == "5000"
 
 
+def test_what_is_said_of_cifar10_is_its_row():
+    (row,) = (row for row in READ if row["id"] == "tried-cifar10-forgetairplane-toautomobile-seed0")
+    ua, override, kept = (100 * float(row[k]) for k in ("ua", "override_share", "kept_accuracy"))
+    assert f"forgets {ua:.0f} % of the airplanes and draws an automobile in {override:.0f} %" in README
+    assert f"UA is {ua:.2f} % and the override\n  {override:.2f} %, at the start's kept accuracy ({kept:.2f}," in TEXT
+    today = sfd_minimal.Settings(data="cifar10", init_from="teachers/cifar10_sid.pt")
+    assert all(row[k] == report.as_text(getattr(today, k)) for k in ("steps", "lr", "lr_fake", "lambda_anchor"))
+
+
 def test_methods_use_the_best_settings_of_their_sweep():
     """Best is the largest sum of UA and kept accuracy, and of equal ones that of the smallest FD."""
     with open(ROOT / "results" / "mnist_baselines_sweep.csv", newline="") as f:
