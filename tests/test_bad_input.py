@@ -157,7 +157,7 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("evaluate", "", "is required"), ("evaluate", "{}", "not the generator of a run"),
     ("evaluate", "{}/no-images", "no generator.pt"), ("evaluate", "{}/method", "not the generator of a run"),
     ("evaluate", "{} --per-label 0", "--per-label must be finite and above 0"),
-    ("evaluate", "{} --data-dir x", "unrecognized"), ("evaluate", "{}/moved", "no teacher at"),
+    ("evaluate", "{} --lr 1", "unrecognized"), ("evaluate", "{}/moved", "no teacher at"),
     ("evaluate", "{}/moved --teacher {}/other-teacher.pt", "is not the teacher that"),
     ("audit", "", "is required"), ("audit", "{}/no-images", "no generator.pt"),
     ("audit", "{}/nowhere", "no generator.pt"), ("audit", "{}/method", "forgotten 0 labels"),

@@ -70,7 +70,7 @@ def test_without_the_term_nothing_is_forgotten(pretrained):
     """All else as before: the same labels are drawn, the teacher is asked about c_o, the fake score learns c_f.
     Only L_forget weighs nothing."""
     truth, start = pretrained
-    generator = run(truth, start, lambda_forget=0.0, steps=4000)
+    generator = run(truth, start, lambda_forget=0.0, steps=1000)  # with the term, 0.3 are left by then
     off = is_component(generator, C_F, truth, C_O)[0]
     print(f"label c_f: mean off c_o by {off:.1f} standard deviations")
     assert off > 2, f"label c_f moved to {off:.1f} standard deviations from c_o although nothing asked it to"
