@@ -283,7 +283,7 @@ class Settings:
     per_label: int = setting(PER_LABEL, "images judged under each label; five times as many under a forgotten one",
                              above=0)
     teacher: str = setting("", "its teacher, if it is no longer where it was")
-    fid: bool = setting(False, "the literature's FID as well, of generator and teacher (lab.fid): a GPU, or hours")
+    fid: bool = setting(False, "the literature's FID as well, of generator and teacher (lab.fid): for a GPU")
     data_dir: str = setting("data", "where the training images are, for --fid")
     device: str = setting("auto", "auto, cpu, cuda or mps")
     __post_init__ = check_ranges
@@ -307,8 +307,10 @@ def main(argv):
         raise BadInput(f"{s.run} was not judged")
     result = evaluator.verdict(run, generator, content, s.per_label)
     if s.fid:
-        for row, file in ((result, path), (result["teacher"], info["path"])):
-            row |= fid_of(file, s.data_dir, device)
+        for row, file, generate, network, of in (
+                (result, path, one_step(generator, content["sigma_init"]), generator, content),
+                (result["teacher"], info["path"], many_step(teacher), teacher, info)):
+            row |= fid_of(generate, network, of, s.data_dir, device)
             print(f"FID of {file}: {row['fid']:.2f}, {row['n_fid']} images")
         (run / "metrics.json").write_text(json.dumps(result, indent=1) + "\n")
 

@@ -3,7 +3,7 @@
     python -m lab.fid runs/cifar10-forgetairplane-toautomobile/generator.pt
     python -m lab.fid teachers/cifar10.pt --data-dir data    # a teacher: all labels, 35 evaluations an image
 
-5,000 images under each label that is kept, against all training images of those classes. Needs a GPU, or an hour.
+5,000 images under each label that is kept, against all training images of those classes. For a GPU.
 """
 import urllib.error
 from dataclasses import dataclass
@@ -63,9 +63,9 @@ def fid(images, real, device, extractor=INCEPTION):
     return numbers["frechet_inception_distance"]
 
 
-def fid_of(path, data_dir, device, per_label=PER_LABEL, extractor=INCEPTION):
-    """{"fid", "n_fid", "n_real", "labels_fid"} of a generator on the labels it keeps, or of a teacher, by its file."""
-    generate, network, info = load_generator(path, device)
+def fid_of(generate, network, info, data_dir, device, per_label=PER_LABEL, extractor=INCEPTION):
+    """{"fid", "n_fid", "n_real", "labels_fid"} of a generator on its kept labels, or of a teacher; generate, network
+    and info as of `load_generator`."""
     kept = torch.tensor([k for k in range(len(network.conditions)) if k not in info.get("forget", [])])
     real, labels, _ = load_images(info["data"], data_dir, info.get("size"), train=True)
     real = real[torch.isin(labels, kept)]
@@ -85,7 +85,8 @@ class Settings:
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    of = fid_of(s.file, s.data_dir, pick_device(s.device), s.per_label)
+    device = pick_device(s.device)
+    of = fid_of(*load_generator(s.file, device), s.data_dir, device, s.per_label)
     print(f"FID {of['fid']:.2f}: {of['n_fid']} images under the labels {' '.join(map(str, of['labels_fid']))} "
           f"against {of['n_real']} training images of them")
 

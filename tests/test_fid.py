@@ -8,6 +8,7 @@ import torch
 from conftest import CPU, ROOT
 from lab import evaluate, fid
 from lab.errors import BadInput
+from lab.sample import load_generator
 
 
 @pytest.fixture
@@ -43,9 +44,10 @@ def test_it_is_the_frechet_distance(small):
 
 
 def test_of_a_generator_on_its_kept_labels_and_of_a_teacher_on_all(small, mnist_dir):
-    of = fid.fid_of(ROOT / "teachers" / "mnist_forget0_to1.pt", mnist_dir, CPU, 4, small)
+    of = fid.fid_of(*load_generator(ROOT / "teachers" / "mnist_forget0_to1.pt", CPU), mnist_dir, CPU, 4, small)
     assert of["labels_fid"] == [1, 2, 3, 4, 5, 6, 7, 8, 9] and of["n_fid"] == 36 and of["fid"] >= 0
-    assert fid.fid_of(ROOT / "teachers" / "mnist.pt", mnist_dir, CPU, 1, small)["labels_fid"] == list(range(10))
+    of = fid.fid_of(*load_generator(ROOT / "teachers" / "mnist.pt", CPU), mnist_dir, CPU, 1, small)
+    assert of["labels_fid"] == list(range(10))
 
 
 def test_what_is_lacking_is_said_in_one_line(small, tmp_path, monkeypatch):

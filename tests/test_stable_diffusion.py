@@ -15,7 +15,6 @@ pytest.importorskip("peft", reason="needs lab/requirements.txt")
 pytestmark = pytest.mark.filterwarnings("default")  # other people's code warns of its own future
 
 
-
 def tiny_pipeline(path, predicts):
     """A Stable Diffusion of 32 channels that draws 16x16 images out of 8x8 latents."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
