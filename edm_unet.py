@@ -7,11 +7,12 @@ The contract of every denoiser in this project, networks and closed forms alike:
 
     x      (B, ...)        float32, an image in [-1, 1] plus sigma times standard normal noise
     sigma  (B, 1, ..., 1)  noise level, a standard deviation in units of x, with as many dimensions as x
-    c      (B, ...)        what is asked for: a one-hot label (B, K) here, all zeros or None = no label
+    c      (B, ...)        what is asked for: here a one-hot label (B, K), or the tokens of a prompt (B, L), or their
+                           states (B, L, WIDTH); zeros for label or tokens, or None = no label, the empty prompt
     D      (B, ...)        float32, the posterior mean E[image | x; sigma, c].  score = (D - x) / sigma^2
 
-A teacher also says what there is to ask for and what it draws: `conditions` (K, ...), one row for each label, `shape`,
-that of one image, and `sigma_data`, the standard deviation of the images.
+A teacher also says what there is to ask for and what it draws: `conditions` (K, ...), one row for each label or word,
+`shape`, that of one image, and `sigma_data`, the standard deviation of the images.
 """
 import functools
 import math
@@ -28,7 +29,8 @@ class NetSettings:
     """What it takes to rebuild a network; stored in every checkpoint."""
     resolution: int = 28            # height and width of the images
     channels: int = 1               # 1 grey, 3 RGB
-    num_classes: int = 10           # K
+    num_classes: int = 10           # K; asked with prompts: their longest length L
+    words: tuple = ()               # what a prompt can say, tokens 1, 2, ...; none: asked with labels
     model_channels: int = 64        # width of the first level
     channel_mult: tuple = (1, 2)    # width of each level, in units of model_channels; each level halves the resolution
     num_blocks: int = 2             # residual blocks per level in the encoder, one more in the decoder
@@ -38,8 +40,8 @@ class NetSettings:
     sigma_data: float = 0.5         # standard deviation of the images, in EDM's preconditioning
 
     def __post_init__(self):
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
+        for name in ("channel_mult", "attn_resolutions", "words"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         limits = dict(resolution=1024, channels=64, num_classes=10_000, model_channels=1024, num_blocks=32, patch=16)
         for name, most in limits.items():
             if not (isinstance(getattr(self, name), int) and 1 <= getattr(self, name) <= most):
@@ -61,11 +63,43 @@ def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
+WIDTH = 64  # of the states of a prompt
+
+
+class TextEncoder(nn.Module):
+    """A prompt's tokens (B, L) -> their states (B, L, WIDTH): word and position, then two transformer layers."""
+
+    def __init__(self, words, length):
+        super().__init__()
+        self.token, self.position = nn.Embedding(1 + words, WIDTH), nn.Parameter(torch.randn(length, WIDTH) / 10)
+        layer = functools.partial(nn.TransformerEncoderLayer, WIDTH, 4, 2 * WIDTH, 0.0, "gelu", batch_first=True)
+        self.layers = nn.Sequential(layer(), layer())
+
+    def forward(self, tokens):
+        return self.layers(self.token(tokens) + self.position)
+
+
+class CrossAttention(nn.Module):
+    """Each place of x (B, C, H, W) asks, and the states (B, L, WIDTH) of a prompt answer: added to x, in four heads."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm, self.to_q = group_norm(channels), nn.Conv2d(channels, channels, 1)
+        self.to_k, self.to_v = (nn.Linear(WIDTH, channels, bias=False) for _ in range(2))
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x, states):
+        heads = lambda of: of.unflatten(2, (4, -1)).transpose(1, 2)                    # (B, 4, places, C / 4)
+        q = self.to_q(self.norm(x)).flatten(2).transpose(1, 2).contiguous()            # (B, H*W, C)
+        h = F.scaled_dot_product_attention(*map(heads, (q, self.to_k(states), self.to_v(states))))
+        return (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
+
+
 class Block(nn.Module):
     """Residual block of DDPM++: norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip;
-    then attention where asked for."""
+    then attention where asked for, and where there are prompts, to them."""
 
-    def __init__(self, c_in, c_out, emb_dim, attention=False, resample=None, dropout=0.0):
+    def __init__(self, c_in, c_out, emb_dim, attention=False, resample=None, dropout=0.0, prompted=False):
         super().__init__()
         self.resample, self.dropout = resample, dropout  # resample: None, "up" or "down"
         self.norm0 = group_norm(c_in)
@@ -78,14 +112,14 @@ class Block(nn.Module):
             self.norm2 = group_norm(c_out)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
             self.proj = nn.Conv2d(c_out, c_out, 1)
-        self.attention = attention
+        self.attention, self.cross = attention, CrossAttention(c_out) if attention and prompted else None
 
     def _resize(self, x):
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, states=None):
         h = self.conv0(self._resize(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
@@ -96,21 +130,22 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)
         q, k, v = qkv.contiguous()[:, :, None]  # (B, 1, H*W, C) each; the fused kernels need their last stride to be 1
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(B, C, H, W)
-        return (x + self.proj(h)) * math.sqrt(0.5)
+        x = (x + self.proj(h)) * math.sqrt(0.5)
+        return self.cross(x, states) if self.cross else x
 
 
 class UNet(nn.Module):
-    """DDPM++ U-Net F(x; c_noise, label).
+    """DDPM++ U-Net F(x; c_noise, c), c the label, or the states of a prompt.
     Parameters carry the names of the official EDM network, so its weights load as they are."""
 
     def __init__(self, s: NetSettings):
         super().__init__()
         self.patch, self.emb_half = s.patch, s.model_channels // 2
         image_channels, emb_dim = s.channels * s.patch ** 2, 4 * s.model_channels
-        self.map_label = nn.Linear(s.num_classes, s.model_channels)
+        self.map_label = None if s.words else nn.Linear(s.num_classes, s.model_channels)
         self.map_layer0 = nn.Linear(s.model_channels, emb_dim)
         self.map_layer1 = nn.Linear(emb_dim, emb_dim)
-        block = functools.partial(Block, emb_dim=emb_dim, dropout=s.dropout)
+        block = functools.partial(Block, emb_dim=emb_dim, dropout=s.dropout, prompted=bool(s.words))
 
         self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
         for level, mult in enumerate(s.channel_mult):
@@ -141,42 +176,49 @@ class UNet(nn.Module):
         self.dec[f"{res}x{res}_aux_norm"] = group_norm(c)
         self.dec[f"{res}x{res}_aux_conv"] = nn.Conv2d(c, image_channels, 3, padding=1)
 
-    def embedding(self, c_noise, label):
-        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=label.device) / (self.emb_half - 1))
+    def embedding(self, c_noise, c):
+        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=c.device) / (self.emb_half - 1))
         angle = c_noise[:, None] * frequency
-        emb = torch.cat([angle.sin(), angle.cos()], 1) + self.map_label(label * math.sqrt(label.shape[1]))
+        emb = torch.cat([angle.sin(), angle.cos()], 1)
+        emb = emb + self.map_label(c * math.sqrt(c.shape[1])) if self.map_label else emb
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self, x, c_noise, label):
-        emb = self.embedding(c_noise, label)
+    def forward(self, x, c_noise, c):
+        emb = self.embedding(c_noise, c)
         x, skips = F.pixel_unshuffle(x, self.patch), []
         for layer in self.enc.values():
-            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb, c) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for layer in blocks:
             if layer.conv0.in_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], 1)
-            x = layer(x, emb)
+            x = layer(x, emb, c)
         return F.pixel_shuffle(conv(F.silu(norm(x))), self.patch)
 
 
 class EDMPrecond(nn.Module):
     """D(x; sigma, c) = c_skip x + c_out F(c_in x; c_noise, c): Karras et al. 2022, eq. 7 and table 1.
 
-    x (B, C, H, W), sigma (B, 1, 1, 1) or anything that broadcasts to it, c (B, K) one-hot or soft. See the contract."""
+    x (B, C, H, W), sigma (B, 1, 1, 1) or anything that broadcasts to it, c (B, K) one-hot or soft, or a prompt. See the
+    contract. `text` reads the prompts: it learns with the teacher and is frozen from then on."""
 
     def __init__(self, settings: NetSettings):
         super().__init__()
         self.settings, self.model = settings, UNet(settings)
+        self.text = TextEncoder(len(settings.words), settings.num_classes) if settings.words else None
         self.shape, self.sigma_data = (settings.channels, settings.resolution, settings.resolution), settings.sigma_data
         self.bf16 = False  # run F in bfloat16; weights and everything outside F stay float32
         self.micro_batch = None  # evaluate so many images at a time, and again for the gradient: less memory, more time
 
     @property
     def conditions(self):
-        """(K, K): the one-hot row of each label, on the network's device."""
-        return torch.eye(self.settings.num_classes, device=next(self.parameters()).device)
+        """(K, K): the one-hot row of each label, or (words, L): the prompt of each word alone; on the network's
+        device."""
+        words, width, device = len(self.settings.words), self.settings.num_classes, next(self.parameters()).device
+        if words:
+            return F.pad(torch.arange(1, words + 1, device=device)[:, None], (0, width - 1))
+        return torch.eye(width, device=device)
 
     def _precision(self, device):
         """bfloat16 where it is on, else what the caller's autocast says. Without autocast's cache of cast weights: it
@@ -188,7 +230,7 @@ class EDMPrecond(nn.Module):
     def forward(self, x, sigma, c):
         x, sd, part = x.float(), self.sigma_data, self.micro_batch
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
-        c = x.new_zeros(len(x), self.settings.num_classes) if c is None else c.float()
+        c = x.new_zeros(len(x), self.settings.num_classes) if c is None else c
         if part and len(x) > part:
             return torch.cat([checkpoint(self, *of, use_reentrant=False)
                               for of in zip(x.split(part), sigma.split(part), c.split(part))])
@@ -197,6 +239,7 @@ class EDMPrecond(nn.Module):
         c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
         c_noise = sigma.log() / 4
         with self._precision(x.device.type):
+            c = self.text(c.long()) if self.text and c.ndim == 2 else c.float()
             F_x = self.model(c_in * x, c_noise.flatten(), c)
         return c_skip * x + c_out * F_x.float()
 

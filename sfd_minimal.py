@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lab import sample
+from lab import prompts, sample
 from lab.checkpoint import load_start, load_teacher, save_generator
 from lab.cli import command, parse, setting
 from lab.denoisers import each
@@ -31,8 +31,8 @@ from lab.run import Run, RunSettings, update_average
 
 @dataclass
 class Settings(RunSettings):
-    forget: tuple = setting(("0",), "labels to forget, by name or number, or none: plain SiD, nothing is forgotten")
-    to: tuple = setting(("random",), "label that overrides them, or one for each, or random: uniform over the rest")
+    forget: tuple = setting(("0",), "labels to forget, or words of prompts, or none: plain SiD, nothing is forgotten")
+    to: tuple = setting(("random",), "what overrides them, one for all or each, or random: uniform over the rest")
     data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
     teacher: str = setting("", "its checkpoint (default: the shipped one, or in runs/<data>-teacher)", trains=False)
     init_from: str = setting("", "start generator and fake score from this both.pt; the teacher stays the true one")
@@ -178,7 +178,9 @@ def begin(s, teacher, info=None):
     if s.init_from:
         load_start(s.init_from, generator, fake, s.sigma_init, info)
         average.load_state_dict(generator.state_dict())
-    adam = lambda model, lr: torch.optim.Adam(model.requires_grad_().parameters(), lr, betas=(0.0, 0.999), fused=True)
+    # all of both learns, but what reads the prompts: an image is to be forgotten, not a word
+    learning = lambda model: [p.requires_grad_() for name, p in model.named_parameters() if name[:5] != "text."]
+    adam = lambda model, lr: torch.optim.Adam(learning(model), lr, betas=(0.0, 0.999), fused=True)
     state = dict(generator=generator, average=average, fake=fake,
                  optimizer_theta=adam(generator, s.lr), optimizer_psi=adam(fake, s.lr_fake))
     if s.lambda_anchor and s.init_from:  # a start that draws well in one step; without one, the average soon does
@@ -192,12 +194,16 @@ def decay(step, steps):
 
 
 def about_labels(s, teacher, c_f, c_o):
-    """What `distill` asks about: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i]."""
-    device = teacher.conditions.device
-    override = torch.arange(len(teacher.conditions), device=device)
-    override[c_f] = torch.tensor(c_o, dtype=torch.long, device=device)
-    kept = torch.tensor([k for k in range(len(override)) if k not in c_f], device=device)
-    return lambda batch: draw_labels(batch, override, kept, teacher.conditions, s.forget_share)
+    """What `distill` asks about: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i]. A teacher
+    of prompts is asked about each as about a label, overridden by the same with c_o's words in it (`lab.prompts`)."""
+    conditions, override = teacher.conditions, torch.arange(len(teacher.conditions))
+    if s.data == "prompts":
+        conditions, override = prompts.questions(c_f, c_o, teacher.settings.words)
+    else:
+        override[c_f] = torch.tensor(c_o, dtype=torch.long)
+    conditions, override = (of.to(teacher.conditions.device) for of in (conditions, override))
+    kept = (override == torch.arange(len(override), device=override.device)).nonzero()[:, 0]
+    return lambda batch: draw_labels(batch, override, kept, conditions, s.forget_share)
 
 
 def distill(s, ask, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):

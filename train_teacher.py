@@ -1,6 +1,7 @@
 """Train what SFD takes as given: a label-conditional EDM teacher (Karras et al. 2022).
 
-    python train_teacher.py --data mnist    # -> runs/mnist-teacher/teacher.pt
+    python train_teacher.py --data mnist      # -> runs/mnist-teacher/teacher.pt
+    python train_teacher.py --data prompts    # one that is asked with prompts, lab/prompts.py
 """
 import copy
 import dataclasses
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from edm_unet import EDMPrecond, NetSettings
+from lab import prompts
 from lab.checkpoint import in_folder, known_size, load_checkpoint, pack, save_atomically
 from lab.cli import command, comparable, parse, setting
 from lab.data import KNOWN, batches, data_name, how_many, load_images, recipe_of
@@ -32,12 +34,14 @@ TEACHERS = {
                     p_mean=-0.4, p_std=1.4, flip=True, steps=4_400, batch=512, lr=2e-3),
 }
 TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
+TEACHERS["prompts"] = TEACHERS["mnist"] | dict(
+    net=dataclasses.replace(TEACHERS["mnist"]["net"], channels=3, num_classes=prompts.LONGEST, words=prompts.WORDS))
 TEACHERS["images"] = TEACHERS["cifar10"]
 
 
 @dataclass
 class Settings(RunSettings):
-    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
+    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, prompts, or a folder of class folders")
     data_dir: str = setting("data", "where torchvision keeps or downloads the data set", trains=False)
     size: int = setting(None, "resize a folder's images to this height and width (None: as for its judges)", above=0)
     steps: int = setting(None, "optimizer steps (None here and below: the data set's recipe, TEACHERS)", above=0)
@@ -116,11 +120,11 @@ def begin(s, net, device):
 
 
 def train(s, data, model, average, optimizer, first=0):
-    """Steps from number `first` on, on batches (x, label) of `data`: yields the loss of each."""
-    conditions, device = model.conditions, model.conditions.device
+    """Steps from number `first` on, on batches (x, c) of `data`: yields the loss of each."""
+    device = model.conditions.device
     for step in range(first, s.steps):
-        x, label = next(data)
-        c = conditions[label] * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
+        x, c = next(data)
+        c = c * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
         # stratified: less variance
         u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch
         normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
@@ -144,8 +148,8 @@ def main(argv):
     images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
     recipe = recipe_of(s.data, TEACHERS)
     try:
-        net = dataclasses.replace(recipe["net"], resolution=images.shape[2], channels=images.shape[1],
-                                  num_classes=len(classes))
+        net = recipe["net"] if s.data == "prompts" else dataclasses.replace(
+            recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
     except ValueError as e:
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
     state = begin(s, net, device)
@@ -154,7 +158,11 @@ def main(argv):
           f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}; writing to {s.out}")
     if s.compile:
         state["model"].compile()
-    data = batches(images.to(device), labels.to(device), s.batch, recipe["flip"])
+    images, labels, conditions = images.to(device), labels.to(device), state["model"].conditions
+    if net.words:
+        data = prompts.batches(images, labels, s.batch, net.words)
+    else:
+        data = ((x, conditions[label]) for x, label in batches(images, labels, s.batch, recipe["flip"]))
     for loss in run.steps(train(s, data, **state, first=run.step)):
         if run.step % 100 == 0:
             run.log(loss)
@@ -163,11 +171,15 @@ def main(argv):
     save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "size": s.size, "made_by": comparable(s),
                      "machine": machine(device), "seconds": run.seconds, **pack(teacher, half=True)},
                     run.out / "teacher.pt")
-    images = draw(many_step(teacher), torch.arange(len(classes)).repeat_interleave(20), teacher, seed=0)
+    asked, conditions = torch.arange(len(classes)).repeat_interleave(20), None
+    if net.words:
+        asked, conditions = prompts.grid(net.words)
+    images = draw(many_step(teacher), asked, teacher, seed=0, conditions=conditions)
     samples_figure({f"teacher, {TEACHER_NFE} evaluations": images}, classes, [], run.out / "samples.png")
-    print(f"{run.out / 'teacher.pt'} after {run.seconds:.0f} s; samples in {run.out / 'samples.png'}\n"
-          f"next: python -m lab.judge --data {s.data}, then "
-          f"python sfd_minimal.py --data {s.data} --teacher {run.out / 'teacher.pt'} --forget 0 --to 1")
+    print(f"{run.out / 'teacher.pt'} after {run.seconds:.0f} s; samples in {run.out / 'samples.png'}\nnext: "
+          + ("" if net.words else f"python -m lab.judge --data {s.data}, then ")
+          + f"python sfd_minimal.py --data {s.data} --teacher {run.out / 'teacher.pt'} --forget "
+          + ("zero --to one" if net.words else "0 --to 1"))
 
 
 if __name__ == "__main__":

@@ -2,14 +2,15 @@
 
     bench, readme                                    how fast; the tables of the READMEs
     sweep                                            which settings suit the other methods
+    prompt_methods                                   both of the next line, on prompts
     baselines, audit                                 other methods; can it come back?
     methods, stable_diffusion                        their losses; SFD on prompts, with diffusers
     [sfd_minimal.py, train_teacher.py]               at the root
     evaluate                                         one verdict: UA, Frechet distance, precision and recall
-    fid                                              the literature's FID, optional
+    fid, prompt_judge                                the literature's FID, optional; the verdict on prompts
     judge, sample                                    classifiers; images out
     run, convert, report                             runs that resume; published pickles; numbers as tables
     cli, checkpoint, labels                          settings from a command line; files <-> networks; who is forgotten
-    device, data, recipes, edm_pickle, figures, closed_form, denoisers, [edm_unet.py]  ground; images in; networks
+    device, data, prompts, recipes, edm_pickle, figures, frechet, closed_form, denoisers, [edm_unet.py]   the ground
     errors                                           below it
 """

@@ -25,6 +25,7 @@ from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import Evaluator
 from lab.figures import audit_figure
+from lab.labels import labels_only
 from lab.report import markdown
 from lab.run import lock
 from lab.sample import load_generator, one_step
@@ -37,6 +38,7 @@ class Suspect:
     def __init__(self, path, device, fast=False):
         self.generate, self.network, content = load_generator(path, device)
         self.network.requires_grad_(False)
+        labels_only(content["data"], "python -m lab.prompt_methods trains, and searches, its own")
         if len(content.get("forget", [])) != 1:
             raise BadInput(f"{path} has forgotten {len(content.get('forget', []))} labels: the audit asks about one")
         self.c_f, self.data, self.device = content["forget"][0], content["data"], device

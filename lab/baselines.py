@@ -6,6 +6,7 @@
 import copy
 import json
 import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,14 @@ import torch
 
 import sfd_minimal
 from edm_unet import EDMPrecond
-from lab.checkpoint import load_teacher, pack, save_atomically
+from lab.checkpoint import load_teacher, pack, save_atomically, un_erased
 from lab.cli import check_ranges, command, comparable, parse, setting
 from lab.data import data_name, how_many, load_images
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import PROTOCOL, Evaluator
 from lab.figures import methods_figure
-from lab.labels import label_number, run_name, who
+from lab.labels import label_number, labels_only, run_name, who
 from lab.methods import METHODS, World
 from lab.report import markdown
 from lab.run import Run, refuse_changed, update_average
@@ -41,8 +42,8 @@ ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_min
 class Training:
     """What one method's result depends on; a run with other settings is not resumed."""
     method: str
-    forget: int
-    to: int
+    forget: object
+    to: object
     seed: int
     steps: int
     batch: int
@@ -76,11 +77,11 @@ def unlearn(name, method, bench, out, resume):
     training = Training(name, bench.c_f, bench.c_o, s.seed, method.steps, method.batch, method.lr, method.ema,
                         method.only, method.options, out, s.save_every, resume, not resume)
     seed_everything(s.seed)
-    world = World(phi, bench.c_f, bench.c_o, bench.info.get("made_by", {}), method.batch, device, bench.real_data)
+    world = bench.world(method.batch)
     for option, value in method.options.items():
         setattr(world, option, value)
     network = EDMPrecond(phi.settings).to(device) if method.from_scratch else copy.deepcopy(phi)
-    network.bf16 = phi.bf16
+    network.bf16, network.text = phi.bf16, copy.deepcopy(phi.text)  # what reads prompts is nobody's to change
     network.requires_grad_(True)
 
     start = time.monotonic()
@@ -88,7 +89,7 @@ def unlearn(name, method, bench, out, resume):
     preparation = time.monotonic() - start
     average = copy.deepcopy(network).eval().requires_grad_(False)
     for weight, p in network.named_parameters():
-        p.requires_grad_(method.only in weight)
+        p.requires_grad_(bool(re.search(method.only, weight)) and not weight.startswith("text."))
     optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], method.lr,
                                  betas=(0.9, 0.99), fused=True)
     state = {"network": network, "average": average, "optimizer": optimizer}
@@ -105,7 +106,7 @@ def distill(name, bench, out, resume):
     """(generator, its file's other entries) of a one-step method, in the folder `out`."""
     s, changes, folder = bench.s, dict(ONE_STEP[name] or {}), Path(bench.s.out)
     if name == "sid" or changes.get("init_from"):
-        found = bench.evaluator.un_erased()
+        found = un_erased(bench.info, bench.device)
         if found is None:
             raise BadInput(f"{name} needs a one-step generator of {bench.info['path']} that forgot nothing, "
                            "which is not there")
@@ -126,10 +127,12 @@ def distill(name, bench, out, resume):
 
 
 class Bench:
-    """What all methods share: teacher, judges, labels, real data where a method asks for it."""
+    """What all methods share: teacher, judges, labels, real data where a method asks for it; and what of it all is of
+    labels, so that a comparison on something else overrides it."""
 
     def __init__(self, s):
-        self.s, self.device = s, pick_device(s.device)
+        labels_only(s.data, "python -m lab.prompt_methods is the comparison there")
+        self.s, self.device, self.methods = s, pick_device(s.device), METHODS
         self.teacher, self.info = load_teacher("", s.data, self.device)
         self.c_f, self.c_o = (label_number(word, self.info["classes"]) for word in (s.forget, s.to))
         if self.c_f == self.c_o:
@@ -140,6 +143,9 @@ class Bench:
             raise BadInput(f"without judges of {s.data} there is nothing to compare")
         self._data = None
 
+    def world(self, batch):
+        return World(self.teacher, self.c_f, self.c_o, self.info.get("made_by", {}), batch, self.device, self.real_data)
+
     def real_data(self):
         if self._data is None:
             self._data = load_images(self.s.data, self.s.data_dir, self.info.get("size"), train=True)[:2]
@@ -149,6 +155,28 @@ class Bench:
         counts = [forgotten if k == self.c_f else per_label for k in range(len(network.conditions))]
         measured = self.evaluator.measure(generate, network, counts, progress=f"judging {what}")
         return self.evaluator.report(measured, erased)
+
+    def more(self, path, generate, network):
+        """What else is to be said of the network at `path`."""
+        return {}
+
+    def picture(self, results, path):
+        """One row of images per method: asked for c_f, and for a label to keep, from the same noise."""
+        other, classes = next(k for k in self.evaluator.kept if k != self.c_o), self.info["classes"]
+        methods_figure(self.drawn(results, torch.tensor([self.c_f] * 8 + [other] * 8)),
+                       f"asked for {classes[self.c_f]}, to be forgotten (framed), and for {classes[other]}", path)
+
+    def drawn(self, results, labels, conditions=None):
+        """{method: (images, its numbers in words)}"""
+        files = {"teacher": self.info["path"]} | {name: Path(self.s.out) / name / "generator.pt"
+                                                  for name in results["methods"]}
+        rows = {}
+        for name, file in files.items():
+            generate, network, _ = load_generator(file, self.device)
+            m = results["teacher"] if name == "teacher" else results["methods"][name]
+            rows[name] = (draw(generate, labels, network, seed=0, conditions=conditions),
+                          f"UA {m['ua']:.1%}   kept {m['kept_accuracy']:.1%}   FD {m['fd']:.1f}")
+        return rows
 
 
 def run_method(name, bench):
@@ -162,12 +190,12 @@ def run_method(name, bench):
         return row
     resume = s.resume and (out / "checkpoint.pt").exists()
     print(f"{name}: {'going on' if resume else 'starting'} in {out}")
-    if name in METHODS:
-        network, settings, seconds = unlearn(name, METHODS[name], bench, out, resume)
-        content, data = {"settings": settings, "seconds": seconds}, METHODS[name].data
+    if method := bench.methods.get(name):
+        network, settings, seconds = unlearn(name, method, bench, out, resume)
+        content, data = {"settings": settings, "seconds": seconds}, method.data
     else:
         network, content = distill(name, bench, out, resume)
-        data = METHODS["retrain"].data if name == "retrain_sid" else "none"
+        data = bench.methods["retrain"].data if name == "retrain_sid" else "none"
     content = {k: content[k] for k in ("settings", "seconds", "sigma_init") if k in content}
     content |= {"data": s.data, "classes": bench.info["classes"], "size": bench.info.get("size"),
                 "forget": [bench.c_f], "to": [bench.c_o], "teacher_sha256": bench.info["sha256"],
@@ -177,7 +205,7 @@ def run_method(name, bench):
     generate, network, saved = load_generator(out / "generator.pt", bench.device)
     row = bench.judge(generate, network, s.per_label, 5 * s.per_label, name, erased=name != "sid")
     row |= {"nfe": saved["nfe"], "real_data": data, "seconds": content["seconds"],
-            "settings": content["settings"]} | of
+            "settings": content["settings"]} | bench.more(out / "generator.pt", generate, network) | of
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
     return row
 
@@ -195,22 +223,6 @@ def table(results):
                      f"{m['fd_override']:.1f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}",
                      f"{m['entropy'][results['forget']]:.2f}"])
     return markdown(head, rows)
-
-
-def picture(results, bench, path):
-    """One row of images per method: asked for c_f, and for a label to keep, from the same noise."""
-    other = next(k for k in bench.evaluator.kept if k != bench.c_o)
-    labels = torch.tensor([bench.c_f] * 8 + [other] * 8)
-    files = {"teacher": bench.info["path"]} | {name: Path(bench.s.out) / name / "generator.pt"
-                                               for name in results["methods"]}
-    rows = {}
-    for name, file in files.items():
-        generate, network, _ = load_generator(file, bench.device)
-        m = results["teacher"] if name == "teacher" else results["methods"][name]
-        rows[name] = (draw(generate, labels, network, seed=0),
-                      f"UA {m['ua']:.1%}   kept {m['kept_accuracy']:.1%}   FD {m['fd']:.1f}")
-    classes = bench.info["classes"]
-    methods_figure(rows, f"asked for {classes[bench.c_f]}, to be forgotten (framed), and for {classes[other]}", path)
 
 
 @dataclass
@@ -237,9 +249,9 @@ class Settings:
         self.results = self.results or f"results/{data_name(self.data)}_baselines.json"
 
 
-def main(argv):
-    s = parse(Settings, argv, __doc__)
-    bench, path = Bench(s), Path(s.results)
+def compare(bench, table):
+    """Every method of bench.s: its folder, and its row in the file of results, the picture beside it and the table."""
+    s, path = bench.s, Path(bench.s.results)
     if Path(s.out).exists() and not (s.resume or s.overwrite):
         raise BadInput(f"{s.out} holds a run already; continue it with --resume, replace it with --overwrite, "
                        "or choose another --out")
@@ -252,8 +264,14 @@ def main(argv):
                    "protocol": PROTOCOL, "machine": machine(bench.device), "teacher": teacher, "methods": rows}
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1) + "\n")
-    picture(results, bench, path.with_suffix(".png"))
-    print(table(results), f"next: python -m lab.audit {s.out}    # can it come back? needs real images", sep="\n\n")
+    bench.picture(results, path.with_suffix(".png"))
+    print(table(results))
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    compare(Bench(s), table)
+    print(f"\nnext: python -m lab.audit {s.out}    # can it come back? needs real images")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,24 @@ def read_file(path, kind):
     return content
 
 
+def remembered(memory, key, make, enough=lambda content: True):
+    """The dict that make() gives, and what it depends on, the dict `key`; kept in the file `memory`, and taken from it
+    where that has the same key and is `enough`."""
+    key = {"kind": "measured", **key}
+    try:
+        content = read_file(memory, "measured") if Path(memory).exists() else {}
+        if key.items() <= content.items() and enough(content):
+            return content
+    except BadInput as e:
+        print(f"note: this will be measured again: {e}")
+    content = key | make()
+    try:
+        save_atomically(content, memory)
+    except OSError as e:
+        print(f"note: this will be measured again next time: {e}")
+    return content
+
+
 def digest(*paths):
     """sha256 of the bytes of files, one after the other."""
     return hashlib.sha256(b"".join(Path(p).read_bytes() for p in paths)).hexdigest()
@@ -79,6 +97,11 @@ def weight_files(data, what, named=""):
 def find_weights(data, what, named=""):
     """The first of `weight_files`, None where there is none."""
     return next(iter(weight_files(data, what, named)), None)
+
+
+def measured_file(path):
+    """Where what is said of the network in the file at `path` is remembered."""
+    return Path(path).with_name(Path(path).stem + "_measured.pt")
 
 
 def known_size(data, what, kind):
@@ -146,6 +169,15 @@ def load_teacher(path, data, device):
     if differs := misfit(data, info["classes"], teacher.shape, info.get("size")):
         raise BadInput(f"{found} {differs}: train another with `python train_teacher.py --data {data}`")
     return teacher.requires_grad_(False), info | {"sha256": digest(found), "path": found}
+
+
+def un_erased(info, device):
+    """(path, generator, its file's other entries) of the one-step generator that is there, forgot nothing and is of the
+    teacher with the entries `info`; None where there is none."""
+    for path in weight_files(info["data"], "sid"):
+        generator, content = load_checkpoint(path, device)
+        if content["teacher_sha256"] == info["sha256"]:
+            return path, generator, content
 
 
 def load_start(path, generator, fake, sigma_init, info=None):

@@ -14,7 +14,8 @@ from PIL import Image, ImageOps
 
 from lab.errors import BadInput
 
-KNOWN = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}  # and what torchvision calls them
+KNOWN = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10",  # and what torchvision calls them
+         "prompts": "MNIST"}                                                      # in coloured ink: lab.prompts
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 TRAIN, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # folders of split data sets
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".pgm", ".ppm")

@@ -6,7 +6,6 @@ An FD is measured on the 128 features of this project's own judge. It is no FID;
 it, which is the FD of held-out real images. Every set of images is first reduced to `class_stats`, and every number
 comes from those.
 """
-import contextlib
 import json
 import time
 from dataclasses import dataclass
@@ -14,60 +13,27 @@ from pathlib import Path
 
 import torch
 
-from lab.checkpoint import digest, find_weights, load_checkpoint, load_teacher, read_file, save_atomically, weight_files
+from lab.checkpoint import (digest, find_weights, load_checkpoint, load_teacher, measured_file, remembered,
+                            un_erased)
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import class_names, data_name
 from lab.device import machine, pick_device
 from lab.errors import BadInput
 from lab.fid import fid_of
 from lab.figures import curves_figure, samples_figure
+from lab.frechet import frechet, moments, precision_recall
 from lab.judge import class_stats, load_judge
+from lab.prompt_judge import PromptEvaluator
 from lab.report import markdown, percent
 from lab.run import lock
-from lab.sample import TEACHER_NFE, draw, many_step, one_step
+from lab.sample import TEACHER_NFE, draw, in_float32, many_step, one_step
 
 PER_LABEL = 1000  # images judged under each label, five times as many under a forgotten one
 SHOWN = 20        # of them, those that the pictures show
 PROTOCOL = 2      # of drawing and judging; 2: the same z for the same label everywhere, float32 for every network
 
 
-# --------------------------------------------------------------------------------------------- numbers from statistics
-
-def moments(stats, labels):
-    """Mean (128,) and covariance (128, 128) of the equal-weight mixture of `labels`, float64."""
-    mean, second = stats["mean"][labels].double().mean(0), stats["second"][labels].double().mean(0)
-    return mean, second - mean.outer(mean)
-
-
-def sqrtm(c):
-    """Square root of a symmetric positive semi-definite matrix; rounding's negative eigenvalues are zero."""
-    values, vectors = torch.linalg.eigh((c + c.T) / 2)
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-
-def frechet(a, b):
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2), of two (mean, covariance) pairs.
-
-    The inner matrix is symmetric and positive semi-definite, so that its root is real, unlike that of C_a C_b."""
-    (m_a, c_a), (m_b, c_b) = a, b
-    root = sqrtm(c_a)
-    cross = torch.linalg.eigvalsh(root @ c_b @ root).clamp(min=0).sqrt().sum()
-    return ((m_a - m_b).square().sum() + c_a.trace() + c_b.trace() - 2 * cross).item()
-
-
-def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, 128), (M, 128): the share of fake images
-    within the k-nearest-neighbour balls of the real ones, and the share of real ones within those of the fake. None for
-    both where there are too few."""
-    if min(len(real), len(fake)) <= k:
-        return None, None
-
-    def covered(points, support):
-        # the nearest neighbour of a point is itself
-        radius = torch.cdist(support, support).topk(k + 1, largest=False).values[:, -1]
-        return (torch.cdist(points, support) <= radius).any(1).float().mean().item()
-    return covered(fake, real), covered(real, fake)
-
+# ------------------------------------------------------------------------------------------- from statistics to numbers
 
 def metrics(measured, reference, floor, c_f, c_o, erased=True):
     """The numbers of a verdict: a plain dict.
@@ -99,16 +65,6 @@ def metrics(measured, reference, floor, c_f, c_o, erased=True):
 
 # ---------------------------------------------------------------------------------------------- from models to numbers
 
-@contextlib.contextmanager
-def in_float32(network):
-    """Every network is judged in float32, on machines with and without fast bfloat16 alike."""
-    fast, network.bf16 = getattr(network, "bf16", False), False
-    try:
-        yield
-    finally:
-        network.bf16 = fast
-
-
 class Evaluator:
     """Both judges of a data set, and the question of which labels were forgotten."""
 
@@ -125,7 +81,9 @@ class Evaluator:
     @classmethod
     def find(cls, teacher, info, c_f, c_o):
         """The Evaluator of what a teacher draws, which it will stand beside (`info` as of `load_teacher`); None, and a
-        note, where there is none."""
+        note, where there is none. A `PromptEvaluator`, where it is asked with prompts."""
+        if info["data"] == "prompts":
+            return PromptEvaluator(teacher, info, c_f, c_o)
         if None in (find_weights(info["data"], "judge"), find_weights(info["data"], "judge2")):
             return print(f"note: no judges of {info['data']}, so that this run will not be judged: train them with "
                          f"`python -m lab.judge --data {info['data']}`, then `python -m lab.evaluate` its folder")
@@ -182,30 +140,11 @@ class Evaluator:
     def known(self, path, generate, network, per_label, what):
         """`measure` of a file that does not change, remembered beside it with what it depends on: that file, the
         judges, the protocol and the dtype."""
-        memory, K = Path(path).with_name(Path(path).stem + "_measured.pt"), len(network.conditions)
-        key = {"kind": "measured", "files": digest(path, *self.paths), "protocol": PROTOCOL, "dtype": "float32"}
-        try:
-            content = read_file(memory, "measured") if memory.exists() else {}
-            if key.items() <= content.items() and content["per_label"] >= per_label:
-                return content
-        except BadInput as e:
-            print(f"note: this will be measured again: {e}")
-        content = key | {"per_label": per_label, "machine": machine(self.device)}
-        content |= self.measure(generate, network, [per_label] * K, progress=what)
-        try:
-            save_atomically(content, memory)
-        except OSError as e:
-            print(f"note: this will be measured again next time: {e}")
-        return content
-
-    def un_erased(self):
-        """(path, generator, its file's other entries) of the one-step generator there
-        that forgot nothing and is of this teacher, or None."""
-        for path in weight_files(self.info["data"], "sid"):
-            generator, info = load_checkpoint(path, self.device)
-            if info["teacher_sha256"] == self.info["sha256"]:
-                return path, generator, info
-        return None
+        K, key = len(network.conditions), {"files": digest(path, *self.paths), "protocol": PROTOCOL, "dtype": "float32"}
+        return remembered(measured_file(path), key, lambda: {
+            "per_label": per_label, "machine": machine(self.device),
+            **self.measure(generate, network, [per_label] * K, progress=what)},
+            enough=lambda content: content["per_label"] >= per_label)
 
     def beside(self, per_label):
         """({name: metrics}, samples of the teacher): what stands beside every erased generator, the teacher and the
@@ -214,7 +153,7 @@ class Evaluator:
                              "judging the teacher, once")
         rows = {"teacher": self.report(teacher, erased=False) | {"nfe": TEACHER_NFE,
                                                                  "seconds": self.info.get("seconds")}}
-        if self.c_f and (found := self.un_erased()):
+        if self.c_f and (found := un_erased(self.info, self.device)):
             path, generator, info = found
             measured = self.known(path, one_step(generator, info["sigma_init"]), generator, per_label,
                                   "judging the un-erased generator, once")
@@ -280,8 +219,8 @@ def per_class_table(rows, classes):
 @dataclass
 class Settings:
     run: str = setting("", "the folder of a run of sfd_minimal.py", positional=True)
-    per_label: int = setting(PER_LABEL, "images judged under each label; five times as many under a forgotten one",
-                             above=0)
+    per_label: int = setting(None, f"images judged under each label (None: {PER_LABEL}); five times as many under a "
+                             "forgotten one", above=0)
     teacher: str = setting("", "its teacher, if it is no longer where it was")
     fid: bool = setting(False, "the literature's FID as well, of generator and teacher (lab.fid): for a GPU")
     data_dir: str = setting("data", "where the training images are, for --fid")
@@ -299,13 +238,15 @@ def main(argv):
     if not {"settings", "sigma_init", "teacher_sha256"} <= content.keys():
         raise BadInput(f"{path} is not the generator of a run of sfd_minimal.py")
     data, device = content["data"], generator.conditions.device
+    if data == "prompts" and (s.per_label or s.fid):
+        raise BadInput("--per-label and --fid are for networks that are asked with labels")
     teacher, info = load_teacher(s.teacher or content["settings"]["teacher"], data, device)
     if info["sha256"] != content["teacher_sha256"]:
         raise BadInput(f"{info['path']} is not the teacher that {s.run} was distilled from: name it with --teacher")
     evaluator = Evaluator.find(teacher, info, content["forget"], content["to"])
     if evaluator is None:
         raise BadInput(f"{s.run} was not judged")
-    result = evaluator.verdict(run, generator, content, s.per_label)
+    result = evaluator.verdict(run, generator, content, *[s.per_label] * bool(s.per_label))
     if s.fid:
         for row, file, generate, network, of in (
                 (result, path, one_step(generator, content["sigma_init"]), generator, content),

@@ -15,7 +15,8 @@ from lab.cli import check_ranges, command, parse, setting
 from lab.data import load_images
 from lab.device import pick_device
 from lab.errors import BadInput
-from lab.sample import draw, load_generator
+from lab.labels import labels_only
+from lab.sample import draw, in_float32, load_generator
 
 INCEPTION = "inception-v3-compat"
 PER_LABEL = 5000
@@ -66,10 +67,12 @@ def fid(images, real, device, extractor=INCEPTION):
 def fid_of(generate, network, info, data_dir, device, per_label=PER_LABEL, extractor=INCEPTION):
     """{"fid", "n_fid", "n_real", "labels_fid"} of a generator on its kept labels, or of a teacher; generate, network
     and info as of `load_generator`."""
+    labels_only(info["data"], "there is no FID of them")
     kept = torch.tensor([k for k in range(len(network.conditions)) if k not in info.get("forget", [])])
     real, labels, _ = load_images(info["data"], data_dir, info.get("size"), train=True)
     real = real[torch.isin(labels, kept)]
-    images = draw(generate, kept.repeat_interleave(per_label), network, seed=2000, progress="drawing")
+    with in_float32(network):  # as every network is judged
+        images = draw(generate, kept.repeat_interleave(per_label), network, seed=2000, progress="drawing")
     return {"fid": fid(images, real, device, extractor), "n_fid": len(images), "n_real": len(real),
             "labels_fid": kept.tolist()}
 

@@ -66,7 +66,7 @@ def samples_figure(panels, classes, forget, path):
     save(fig, path)
 
 
-def curves_figure(log, teacher, path):
+def curves_figure(log, teacher, path, probe="100 images per class"):
     """UA, kept accuracy and FD of the probes in log.csv against steps, with the seconds on the upper axis.
     None without probes."""
     with open(log, newline="") as f:
@@ -83,7 +83,7 @@ def curves_figure(log, teacher, path):
     left.set(xlabel="steps", ylabel="%", ylim=(0, 102))
     left.legend(loc="lower right")
     right.plot(steps, [r["fd"] for r in lines], "s-", ms=3, color=KEPT,
-               label="generator (probe of 100 images per class)")
+               label=f"generator (probe of {probe})")
     right.axhline(teacher["fd"], color="gray", ls="--", lw=1,
                   label=f"teacher, 35 evaluations ({teacher['n']:,} images)")
     right.set(xlabel="steps", ylabel="FD (judge's features), kept classes")

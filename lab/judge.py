@@ -192,6 +192,8 @@ class Settings(RunSettings):
     lr: float = setting(None, "largest learning rate, after warm-up and before the decay to zero", above=0)
 
     def __post_init__(self):
+        if self.data == "prompts":
+            raise BadInput("prompts are judged by MNIST's judges: there is nothing to train (lab.prompt_judge)")
         self.fill(recipe_of(self.data, JUDGES))
         if self.size is not None and self.data in KNOWN:
             raise BadInput(f"--size is for folders of images; {self.data} has its own")

@@ -2,6 +2,7 @@
 import difflib
 import re
 
+from lab import prompts
 from lab.data import data_name
 from lab.errors import BadInput
 
@@ -36,8 +37,8 @@ def label_number(text, classes):
 
 
 def label_numbers(s, classes):
-    """(c_f, c_o): lists of label numbers from the settings forget and to, c_o[i] overriding c_f[i], -1 for random.
-    BadInput for nonsense."""
+    """(c_f, c_o): lists of label numbers from the settings forget and to, c_o[i] overriding c_f[i], -1 for random; or,
+    of a teacher that is asked with prompts, `lab.prompts.concepts`. BadInput for nonsense."""
     forget, to, K = s.forget, s.to, len(classes)
     for words, word in ((forget, "none"), (to, "random")):
         if words == (word,) and word in classes:
@@ -47,6 +48,8 @@ def label_numbers(s, classes):
             raise BadInput("--forget none forgets nothing: --to, --guidance, --lambda-forget, --lambda-anchor and "
                            "--forget-share have no meaning with it")
         return [], []
+    if s.data == "prompts":
+        return prompts.concepts(forget, to)
     c_f = [label_number(f, classes) for f in forget]
     c_o = [-1] if to == ("random",) else [label_number(t, classes) for t in to]
     if len(set(c_f)) < len(c_f):
@@ -60,15 +63,24 @@ def label_numbers(s, classes):
     return c_f, c_o * (len(c_f) // len(c_o))
 
 
+def labels_only(data, instead):
+    """BadInput where `data` is asked with prompts, and the program at hand asks with labels."""
+    if data == "prompts":
+        raise BadInput(f"prompts are asked otherwise than labels: {instead}")
+
+
 def run_name(s, what=""):
     """The folder of a run in runs/, where none is given: the data set, who is forgotten, and what is drawn instead."""
     forget, to = ((words,) if isinstance(words, str) else words for words in (s.forget, s.to))
     words = "sid" if forget == ("none",) else f"forget{'-'.join(forget)}-to{'-'.join(to)}"
+    words = words.replace(" ", "-") if s.data == "prompts" else words
     return re.sub(r"[^\w. -]+", "_", "-".join(filter(None, (data_name(s.data), what, words))))
 
 
 def who(c_f, c_o, classes):
     """Who is forgotten, and what is drawn instead, by name."""
+    if c_f and isinstance(c_f[0], dict):
+        return prompts.who(c_f, c_o)
     return "; ".join(f"{named(f, classes)} is forgotten, "
                      f"{'a random kept label' if o < 0 else named(o, classes)} drawn instead"
                      for f, o in zip(c_f, c_o)) or "nothing is forgotten"

@@ -44,13 +44,18 @@ class World:
         return (self.p_mean + 1.2 * torch.randn(n, 1, 1, 1, device=self.device)).exp()
 
     def real_images(self, which):
-        """A batch of real images in [-1, 1] and their labels (B,); which: 'kept' or 'forgotten'."""
+        """A batch of real images in [-1, 1] and their labels (B, K); which: 'kept' or 'forgotten'."""
         if which not in self.real:
             images, labels = self.data()
             chosen = (labels == self.c_f) == (which == "forgotten")
             self.real[which] = batches(images[chosen].to(self.device), labels[chosen].to(self.device),
                                        self.batch, flip=False)
-        return next(self.real[which])
+        x, k = next(self.real[which])
+        return x, self.label(k)
+
+    def to_forget(self, n):
+        """What is to be forgotten, and what is to be drawn instead: (n, K) each."""
+        return self.phi.conditions[[self.c_f] * n], self.phi.conditions[[self.c_o] * n]
 
     @torch.no_grad()
     def own_images(self, labels):
@@ -59,10 +64,10 @@ class World:
                           for part in zip(self.noise(len(labels)).split(500), self.label(labels).split(500))])
 
     def partial(self):
-        """(y, sigma): a batch of images half-way drawn under c_f, from `record_paths`, and their noise levels
-        (B, 1, 1, 1)."""
+        """(y, sigma, c_f, c_o): a batch of images half-way drawn under c_f, from `record_paths`, their noise levels
+        (B, 1, 1, 1), and what `to_forget` says of them."""
         i, j = (torch.randint(n, (self.batch,), device=self.device) for n in self.states.shape[:2])
-        return self.states[i, j], self.sigmas[i].view(-1, 1, 1, 1)
+        return self.states[i, j], self.sigmas[i].view(-1, 1, 1, 1), *(of[j] for of in self.asked)
 
 
 def denoising(network, x, label, world):
@@ -78,8 +83,7 @@ def denoise_kept(network, world):
 
     `retrain` minimises it from scratch: a network that has never seen c_f, the control that the others are held
     against. `finetune` starts from the teacher and hopes that c_f fades."""
-    x, c = world.real_images("kept")
-    return denoising(network, x, world.label(c), world)
+    return denoising(network, *world.real_images("kept"), world)
 
 
 def esd(network, world):
@@ -87,11 +91,11 @@ def esd(network, world):
 
     Gandikota et al., "Erasing Concepts from Diffusion Models", ICCV 2023. There y is drawn by D, here by the teacher:
     its paths are recorded once."""
-    y, sigma = world.partial()
+    y, sigma, c_f, _ = world.partial()
     with torch.no_grad():
-        D_0, D_f = world.phi(y, sigma, world.label(world.c_f) * 0), world.phi(y, sigma, world.label(world.c_f))
+        D_0, D_f = world.phi(y, sigma, c_f * 0), world.phi(y, sigma, c_f)
         target = D_0 - world.eta * (D_f - D_0)
-    return distance(network(y, sigma, world.label(world.c_f)), target, sigma)
+    return distance(network(y, sigma, c_f), target, sigma)
 
 
 @torch.no_grad()
@@ -104,7 +108,8 @@ def record_paths(network, world, n=200):
         states.append(x.float()), sigmas.append(sigma[0].float())
         return world.phi(x, sigma, label)
 
-    heun_sampler(recorder, world.noise(n), world.label(torch.full((n,), world.c_f, device=world.device)))
+    z, world.asked = world.noise(n), world.to_forget(n)
+    heun_sampler(recorder, z, world.asked[0])
     world.states, world.sigmas = torch.stack(states), torch.stack(sigmas)
 
 
@@ -114,22 +119,21 @@ def all_but_one(network, world):
 
     Hong, Lee, Woo, "All but One: Surgical Concept Erasing with Model Preservation in Text-to-Image Diffusion Models",
     AAAI 2024. Reconstructed from the paper's abstract, not from its code."""
-    y, sigma = world.partial()
+    y, sigma, c_f, c_o = world.partial()
     with torch.no_grad():
-        phi_0 = world.phi(y, sigma, world.label(world.c_f) * 0)
-        guidance = world.phi(y, sigma, world.label(world.c_o)) - phi_0
-    D_0 = network(y, sigma, world.label(world.c_f) * 0)
-    D_f = network(y, sigma, world.label(world.c_f))
+        phi_0 = world.phi(y, sigma, c_f * 0)
+        guidance = world.phi(y, sigma, c_o) - phi_0
+    D_0, D_f = network(y, sigma, c_f * 0), network(y, sigma, c_f)
     return distance(D_f - D_0, guidance, sigma) + world.beta * distance(D_0, phi_0, sigma)
 
 
 def label_swap(network, world):
     """||D(y; c_f) - sg D_phi(y; c_o)||^2: asked for c_f, answer as the teacher does for c_o.
     The score-forgetting term's idea, at 35 evaluations."""
-    y, sigma = world.partial()
+    y, sigma, c_f, c_o = world.partial()
     with torch.no_grad():
-        target = world.phi(y, sigma, world.label(world.c_o))
-    return distance(network(y, sigma, world.label(world.c_f)), target, sigma)
+        target = world.phi(y, sigma, c_o)
+    return distance(network(y, sigma, c_f), target, sigma)
 
 
 def selective_amnesia(network, world):
@@ -196,7 +200,7 @@ class Method:
     batch: int = 64                                 # images per term of the loss
     lr: float = 3e-4                                # Adam's learning rate, decaying linearly to zero
     ema: float = 0.97                               # decay of the weight average that is judged
-    only: str = ""                                  # train only the weights whose name has this in it
+    only: str = ""                                  # train only the weights whose name matches this
     from_scratch: bool = False                      # start from fresh weights, not from the teacher's
     options: dict = field(default_factory=dict)     # settings of this loss alone: attributes of the world
     tried: tuple = ()                               # what lab.sweep tries instead: fields of this class, or options

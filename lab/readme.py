@@ -14,7 +14,7 @@ from lab.cli import command, parse, setting
 from lab.errors import RunFailed
 from lab.report import ROOT, markdown, read_runs
 
-FILES = ("README.md", "results/README.md")
+FILES = ("README.md", "results/README.md", "results/prompts.md")
 GROUPS = {  # of runs.csv, in words, in the order of the tables
     "default": "the default",
     "default elsewhere": "the default, seed 0, on two other machines",
@@ -27,14 +27,19 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
     "an hour": "7,000 steps, low rates, guidance 1.2",
     "plain teacher": "from a teacher without guidance in it",
 }
-AT_A_GLANCE = ("default", "default elsewhere", "two-stage", "an hour")  # in README.md; results/README.md has all
+AT_A_GLANCE = ("default", "two-stage", "an hour")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
-SIDE_BY_SIDE = ("retrain", "finetune", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
+SIDE_BY_SIDE = ("retrain", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
                 "sfd", "sfd_two_stage")
 NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
            "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
            "FD of the override": ("fd_override", "{:.1f}"), "the teacher's": ("teacher_fd_override", "{:.1f}"),
            "recall": ("recall", "{:.3f}"), "seconds": ("seconds", "{:.0f}")}
+OF_PROMPTS = {"UA": "ua", "as override": "override_share", "other attribute": "other_attribute",
+              "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
+              "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
+              "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}
+PROMPTS = {"prompts two-stage": "`--init-from`"}
 LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
@@ -87,6 +92,21 @@ def summary():
                     [line([words, len(rows), p], rows, LONG) for (words, rows), p in zip(what.items(), protocols)])
 
 
+def prompts():
+    """One row per run on prompts, beside the teacher and the un-erased generator on the prompts that they keep."""
+    def row(words, of):
+        cells = ["" if of.get(key) in (None, "") else f"{float(of[key]):.2%}" for key in OF_PROMPTS.values()]
+        return [words, *cells, f"{of['ratio']:.2f}", f"{of['seconds']:.0f}" if of["seconds"] else ""]
+    found = [of for group in PROMPTS for of in of_group(group)]
+    rows = []
+    for name in dict.fromkeys(of["pair"] for of in found):
+        for group, words in {"teacher": "the teacher", "un_erased": "one step, nothing forgotten"}.items():
+            rows += [row(f"{name}: {words}", of) for of in of_group(group)
+                     if (of["data"], of["pair"]) == ("prompts", name)]
+        rows += [row(f"{name}: {PROMPTS[of['group']]}, seed {of['seed']}", of) for of in found if of["pair"] == name]
+    return markdown(["", *OF_PROMPTS, "FD / teacher's", "seconds"], rows)
+
+
 def every_run():
     return markdown(["group", "labels", "seed", "protocol", *LONG],
                     [line([group, row["pair"], row["seed"], row["protocol"]], [row], LONG)
@@ -113,6 +133,7 @@ def side_by_side():
 
 
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
+          "prompts": prompts,
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

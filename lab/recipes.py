@@ -10,6 +10,9 @@ RECIPES = {
     "cifar10, from the teacher": dict(steps=3000, batch=64, lr=1e-4, lr_fake=3.4e-4, lambda_anchor=0.0),
     "cifar10, from a one-step generator": dict(steps=250, batch=64, lr=4e-4, lr_fake=1.35e-3) | ANCHORED,
     "cifar10, forgetting nothing": dict(steps=800, batch=256, lr=1e-4, lr_fake=3.4e-4, lambda_anchor=0.0),
+    "prompts, from the teacher": dict(steps=1500, batch=64, lr=3e-4, lr_fake=1e-3, lambda_anchor=0.0, forget_share=0.2),
+    "prompts, from a one-step generator": dict(steps=400, batch=64, lr=8e-4, lr_fake=2.7e-3) | ANCHORED,
+    "prompts, forgetting nothing": dict(steps=7000, batch=64, lr=1e-4, lr_fake=3.4e-4, lambda_anchor=0.0),
     "NVIDIA's network, from the teacher": PUBLISHED,  # the rates of the official runs' best files; nothing tried here
     "NVIDIA's network, from a one-step generator": PUBLISHED,
     "NVIDIA's network, forgetting nothing": PUBLISHED,
@@ -20,7 +23,7 @@ def recipe_name(data, teacher, forgets, init_from):
     """The key of RECIPES for a run on `data` from the file `teacher` ("": the data set's). Fashion-MNIST has MNIST's
     recipes and a folder of images CIFAR-10's; a teacher is taken for NVIDIA's by its file name, edm-*."""
     kind = ("NVIDIA's network" if Path(teacher).name.startswith("edm-") else
-            "mnist" if data in ("mnist", "fashion_mnist") else "cifar10")
+            "prompts" if data == "prompts" else "mnist" if data in ("mnist", "fashion_mnist") else "cifar10")
     start = ("forgetting nothing" if not forgets else
              "from a one-step generator" if init_from else "from the teacher")
     return f"{kind}, {start}"

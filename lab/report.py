@@ -20,8 +20,12 @@ SETTINGS = ("data", "forget", "to", "seed", "teacher", "init_from", "steps", "ba
             "lambda_forget", "forget_share", "lambda_anchor", "guidance", "sigma_init", "p_mean", "ema")
 NUMBERS = ("ua", "ua_judge2", "override_share", "kept_accuracy", "kept_accuracy_judge2", "fd", "teacher_fd", "fd_floor",
            "fd_override", "teacher_fd_override", "precision", "recall", "nfe", "n", "n_forgotten", "seconds")
+OF_PROMPTS = {"other_attribute": ("other_attribute",), "ua_unseen_templates": ("under_unseen_templates", "ua"),
+              "override_unseen_templates": ("under_unseen_templates", "override_share"),
+              "ua_other_word": ("other_word", "ua"), "kept_digit": ("seen", "digit"), "kept_colour": ("seen", "colour"),
+              "unseen_templates": ("unseen_templates", "both"), "unseen_pairs": ("unseen_pairs", "both")}
 CIRCUMSTANCES = ("device", "name", "bf16", "threads", "torch", "python", "protocol", "commit")
-COLUMNS = ("id", "group", *SETTINGS, *NUMBERS, *CIRCUMSTANCES, "note")
+COLUMNS = ("id", "group", *SETTINGS, *NUMBERS, *OF_PROMPTS, *CIRCUMSTANCES, "note")
 
 
 def percent(share):
@@ -58,17 +62,24 @@ def as_text(value):
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
+def of_prompts(m):
+    """What a verdict on prompts says more, flat; nothing of other verdicts."""
+    deep = lambda of, path: of if not path or of is None else deep(of.get(path[0]), path[1:])
+    return {name: deep(m, path) for name, path in OF_PROMPTS.items()}
+
+
 def rows_of(m, id, group, commit, note):
     """The rows of a metrics.json `m`: the run's own, and those of what stands beside it."""
     s, of = m["settings"], {k: m["settings"].get(k) for k in ("data", "forget", "to")}
     circumstances = m["trained_on"] | {"protocol": m.get("protocol", 1), "commit": commit}
     teacher = {"teacher_fd": m["teacher"]["fd"], "teacher_fd_override": m["teacher"].get("fd_override")}
-    pair = f"forget{'-'.join(s['forget'])}-to{'-'.join(s['to'])}"
-    rows = [m | {k: s.get(k) for k in SETTINGS} | teacher | circumstances | {"id": id, "group": group, "note": note}]
+    pair = f"forget{'-'.join(s['forget'])}-to{'-'.join(s['to'])}".replace(" ", "-")
+    rows = [m | of_prompts(m) | {k: s.get(k) for k in SETTINGS} | teacher | circumstances
+            | {"id": id, "group": group, "note": note}]
     for name, numbers in (("teacher", m["teacher"]), ("un_erased", m.get("un_erased"))):
         if numbers and m["forget"]:
             rows.append({"id": f"{name}-{Path(s['teacher'] or s['data']).stem}-{pair}-protocol{m.get('protocol', 1)}",
-                         "group": name} | of | numbers | teacher | {"teacher": s["teacher"]}
+                         "group": name} | of | numbers | of_prompts(numbers) | teacher | {"teacher": s["teacher"]}
                         | {"protocol": m.get("protocol", 1), "note": f"on the kept labels of {pair}"})
     return [{k: as_text(row.get(k)) for k in COLUMNS} for row in rows]
 

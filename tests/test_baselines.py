@@ -42,7 +42,8 @@ def test_paths_are_the_samplers(world):
     assert (w.states.shape == (35, 4, 1, 28, 28) and w.sigmas[0].item() == pytest.approx(80)
             and w.sigmas.shape == (35, 1, 1, 1) and w.sigmas.min().item() == pytest.approx(0.002, rel=1e-3))
     assert w.states[0].std().item() == pytest.approx(80, rel=0.1)
-    y, sigma = w.partial()
+    y, sigma, c_f, c_o = w.partial()
+    assert torch.equal(c_f, w.label(C_F)) and torch.equal(c_o, w.label(C_O))
     assert y.shape == (8, 1, 28, 28) and sigma.shape == (8, 1, 1, 1)
     for row, level in zip(y, sigma.flatten()):  # each state with the noise level that it was recorded at
         i, _ = (w.states == row).flatten(2).all(2).nonzero()[0].tolist()
@@ -155,7 +156,7 @@ def test_bench_resumes_what_is_finished(bench, monkeypatch):
         baselines.main(argv)
     for what in ("unlearn", "distill"):
         monkeypatch.setattr(baselines, what, lambda *a, **kw: pytest.fail("a finished method ran again"))
-    monkeypatch.setattr(baselines, "picture", lambda *a: None)
+    monkeypatch.setattr(baselines.Bench, "picture", lambda *a: None)
     monkeypatch.setattr(baselines.Bench, "judge", lambda self, *a, erased: before["teacher"])  # the teacher's row alone
     baselines.main([*argv, "--resume"])
     assert json.loads((folder / "results" / "b.json").read_text()) == before

@@ -14,7 +14,7 @@ from lab import baselines, cli, methods, readme, report
 from lab.errors import RunFailed
 
 README = (ROOT / "README.md").read_text()
-ALL = [ROOT / "README.md", ROOT / "results" / "README.md", ROOT / "teachers" / "README.md"]
+ALL = [ROOT / name for name in ("README.md", "results/README.md", "results/prompts.md", "teachers/README.md")]
 TEXT = "\n".join(path.read_text() for path in ALL).replace("\\\n", " ")  # a command may go on in the next line
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
             for line in block.splitlines() if line.strip()] + re.findall(r"`(python [^`]+)`", TEXT)
@@ -54,7 +54,8 @@ def test_readmes_are_read_to_the_end():
 
 def test_options_named_are_options():
     modules = ("sfd_minimal", "train_teacher", *(f"lab.{name}" for name in (
-        "audit", "baselines", "bench", "evaluate", "fid", "judge", "report", "sample", "sweep")))
+        "audit", "baselines", "bench", "evaluate", "fid", "judge", "prompt_judge", "prompt_methods", "report", "sample",
+        "sweep")))
     known = {cli.option(f.name) for module in modules
              for f in dataclasses.fields(importlib.import_module(module).Settings) if f.metadata["option"]}
     for option in re.findall(r"(?<![\w<!-])--[a-z][a-z-]+", TEXT):
@@ -109,6 +110,15 @@ def test_what_is_said_of_cifar10_is_its_row():
     assert f"UA is {ua:.2f} % and the override\n  {override:.2f} %, at the start's kept accuracy ({kept:.2f}," in TEXT
     today = sfd_minimal.Settings(data="cifar10", init_from="teachers/cifar10_sid.pt")
     assert all(row[k] == report.as_text(getattr(today, k)) for k in ("steps", "lr", "lr_fake", "lambda_anchor"))
+
+
+def test_what_is_said_of_prompts_is_its_row():
+    (row,) = (row for row in READ if (row["group"], row["forget"], row["seed"]) == ("prompts two-stage", "zero", "0"))
+    ua, override, colour, elsewhere, other = (f"{100 * float(row[key]):.1f} %" for key in (
+        "ua", "override_share", "other_attribute", "ua_unseen_templates", "ua_other_word"))
+    assert (f"takes {float(row['seconds']):.0f} s: UA {ua}, drawn as a one {override}, in its colour {colour}; "
+            f"UA in templates never trained on {elsewhere}, under the numeral 0, which nobody named, {other}"
+            in " ".join(README.split()))
 
 
 def test_methods_use_the_best_settings_of_their_sweep():

@@ -290,7 +290,8 @@ def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch
 
 def test_a_start_brings_its_own_settings_and_what_is_said_wins(capsys, tiny, tmp_path, unjudged):
     found = set()
-    for said in ({}, {"data": "cifar10"}, {"data": "cifar10", "teacher": "up/edm-cifar10-32x32-cond-vp.pkl"}):
+    for said in ({}, {"data": "prompts"}, {"data": "cifar10"},
+                 {"data": "cifar10", "teacher": "up/edm-cifar10-32x32-cond-vp.pkl"}):
         for start in ({}, {"init_from": "both.pt"}, {"forget": ("none",)}):
             s = sfd_minimal.Settings(**said, **start)
             found.add(s.recipe)

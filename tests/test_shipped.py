@@ -10,7 +10,7 @@ from PIL import Image
 from conftest import CPU, ROOT
 from edm_unet import EDMPrecond, NetSettings
 from lab import evaluate
-from lab.checkpoint import digest, load_checkpoint, load_teacher, read_file
+from lab.checkpoint import digest, load_checkpoint, load_teacher, read_file, un_erased
 from lab.evaluate import Evaluator
 from lab.judge import class_stats, load_judge
 from lab.report import COLUMNS, read_runs
@@ -117,10 +117,10 @@ def test_teacher_of_cifar10_is_the_one_that_was_measured():
 def test_un_erased_generator_is_that_of_the_teacher_or_none(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no runs/ holds another
     evaluator = Evaluator.find(*load_teacher("", "mnist", CPU), [0], [1])
-    path, _, info = evaluator.un_erased()
+    path, _, info = un_erased(evaluator.info, CPU)
     assert path == TEACHERS / "mnist_sid.pt" and info["forget"] == []
     evaluator = Evaluator.find(*load_teacher(TEACHERS / "mnist_plain.pt", "mnist", CPU), [0], [1])
-    assert evaluator.un_erased() is None
+    assert un_erased(evaluator.info, CPU) is None
 
 
 def test_forgetful_generator_is_of_this_teacher_and_forgets():
