@@ -20,8 +20,8 @@ def test_runs_and_prints_what_is_committed(path):
     assert not found, "\n".join(found)
 
 
-def test_there_are_four():
-    assert [p.stem[:2] for p in NOTEBOOKS] == ["01", "02", "03", "04"]
+def test_there_are_five():
+    assert [p.stem[:2] for p in NOTEBOOKS] == ["01", "02", "03", "04", "05"]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
