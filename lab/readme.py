@@ -39,7 +39,7 @@ OF_PROMPTS = {"UA": "ua", "as override": "override_share", "other attribute": "o
               "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
               "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
               "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}
-PROMPTS = {"prompts two-stage": "`--init-from`"}
+PROMPTS = {"prompts two-stage": "`--init-from`", "prompts one stage": "from the teacher"}
 LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
