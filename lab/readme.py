@@ -9,7 +9,7 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from lab import audit, baselines
+from lab import audit, baselines, prompt_methods
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
 from lab.report import ROOT, markdown, read_runs
@@ -133,7 +133,7 @@ def side_by_side():
 
 
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
-          "prompts": prompts,
+          "prompts": prompts, "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 
