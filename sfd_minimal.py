@@ -44,7 +44,7 @@ class Settings(RunSettings):
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; kept labels have 1", at_least=0)
     forget_share: float = setting(None, "share of the batch under forgotten labels (None: all alike)", above=0, below=1)
     lambda_anchor: float = setting(None, "not in the paper: weight of `anchor_loss` on kept labels", at_least=0)
-    guidance: float = setting(1.0, "not in the paper on labels: above 1, further from the forgotten one", at_least=1)
+    guidance: float = setting(None, "not in the paper on labels: above 1, further from the forgotten one", at_least=1)
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network", above=0)
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
     p_std: float = setting(1.2, "standard deviation of ln sigma in the psi step", above=0, option=False)

@@ -303,7 +303,7 @@ def test_a_start_brings_its_own_settings_and_what_is_said_wins(capsys, tiny, tmp
     out, recipe = capsys.readouterr().out, RECIPES["cifar10, from the teacher"]  # a folder has CIFAR-10's
     assert f"lr={recipe['lr']} lr_fake={recipe['lr_fake']}" in out and "steps=" not in out
     content = load_checkpoint(tmp_path / "run" / "generator.pt")[1]
-    assert content["settings"]["lr"] == recipe["lr"] and content["settings"]["guidance"] == 1.0
+    assert content["settings"]["lr"] == recipe["lr"] and content["settings"]["guidance"] == recipe["guidance"] == 2.0
 
 
 class Prompted(torch.nn.Module):
