@@ -14,7 +14,7 @@ from lab.cli import command, parse, setting
 from lab.errors import RunFailed
 from lab.report import ROOT, markdown, read_runs
 
-FILES = ("README.md", "results/README.md", "results/prompts.md")
+FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md")
 GROUPS = {  # of runs.csv, in words, in the order of the tables
     "default": "the default",
     "default elsewhere": "the default, seed 0, on two other machines",
@@ -27,7 +27,7 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
     "an hour": "7,000 steps, low rates, guidance 1.2",
     "plain teacher": "from a teacher without guidance in it",
 }
-AT_A_GLANCE = ("default", "two-stage", "an hour")  # in README.md; results/README.md has all
+AT_A_GLANCE = ("default", "two-stage")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
 SIDE_BY_SIDE = ("retrain", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
                 "sfd", "sfd_two_stage")
@@ -35,11 +35,17 @@ NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("ov
            "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
            "FD of the override": ("fd_override", "{:.1f}"), "the teacher's": ("teacher_fd_override", "{:.1f}"),
            "recall": ("recall", "{:.3f}"), "seconds": ("seconds", "{:.0f}")}
-OF_PROMPTS = {"UA": "ua", "as override": "override_share", "other attribute": "other_attribute",
-              "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
-              "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
-              "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}
-PROMPTS = {"prompts two-stage": "`--init-from`", "prompts one stage": "from the teacher"}
+OWN_PAGE = {  # of other data sets: {group: in words}, {title: what is printed of a run}
+    "prompts": ({"prompts two-stage": "`--init-from`", "prompts one stage": "from the teacher"},
+                {"UA": "ua", "as override": "override_share", "other attribute": "other_attribute",
+                 "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
+                 "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
+                 "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}),
+    "cifar10": ({"cifar10 two-stage": "`--init-from`"},
+                {"UA": "ua", "UA, judge 2": "ua_judge2", "as override": "override_share",
+                 "FD of the override": "fd_override", "kept accuracy": "kept_accuracy",
+                 "kept, judge 2": "kept_accuracy_judge2"}),
+}
 LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
@@ -92,19 +98,23 @@ def summary():
                     [line([words, len(rows), p], rows, LONG) for (words, rows), p in zip(what.items(), protocols)])
 
 
-def prompts():
-    """One row per run on prompts, beside the teacher and the un-erased generator on the prompts that they keep."""
+def of_data(data):
+    """One row per run on a data set with a page of its own, beside the teacher and the un-erased generator on what
+    these runs keep."""
+    groups, columns = OWN_PAGE[data]
+
     def row(words, of):
-        cells = ["" if of.get(key) in (None, "") else f"{float(of[key]):.2%}" for key in OF_PROMPTS.values()]
+        cells = ["" if of.get(key) in (None, "") else ("{:.1f}" if key == "fd_override" else "{:.2%}").format(
+            float(of[key])) for key in columns.values()]
         return [words, *cells, f"{of['ratio']:.2f}", f"{of['seconds']:.0f}" if of["seconds"] else ""]
-    found = [of for group in PROMPTS for of in of_group(group)]
+    found = [of for group in groups for of in of_group(group)]
     rows = []
     for name in dict.fromkeys(of["pair"] for of in found):
         for group, words in {"teacher": "the teacher", "un_erased": "one step, nothing forgotten"}.items():
             rows += [row(f"{name}: {words}", of) for of in of_group(group)
-                     if (of["data"], of["pair"]) == ("prompts", name)]
-        rows += [row(f"{name}: {PROMPTS[of['group']]}, seed {of['seed']}", of) for of in found if of["pair"] == name]
-    return markdown(["", *OF_PROMPTS, "FD / teacher's", "seconds"], rows)
+                     if (of["data"], of["pair"]) == (data, name)]
+        rows += [row(f"{name}: {groups[of['group']]}, seed {of['seed']}", of) for of in found if of["pair"] == name]
+    return markdown(["", *columns, "FD / teacher's", "seconds"], rows)
 
 
 def every_run():
@@ -133,7 +143,8 @@ def side_by_side():
 
 
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
-          "prompts": prompts, "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
+          "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
+          "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

@@ -103,13 +103,25 @@ def test_runs_of_the_readme_are_its_commands(group, said):
         assert float(row["ua"]) >= bar and row["n_forgotten"] == "5000"
 
 
-def test_what_is_said_of_cifar10_is_its_row():
-    (row,) = (row for row in READ if row["id"] == "tried-cifar10-forgetairplane-toautomobile-seed0")
-    ua, override, kept = (100 * float(row[k]) for k in ("ua", "override_share", "kept_accuracy"))
-    assert f"forgets {ua:.0f} % of the airplanes and draws an automobile in {override:.0f} %" in README
-    assert f"UA is {ua:.2f} % and the override\n  {override:.2f} %, at the start's kept accuracy ({kept:.2f}," in TEXT
+def test_what_is_said_of_cifar10_is_its_rows():
+    rows = {row["id"]: row for row in READ if row["data"] == "cifar10"}
+    share = lambda row, key, digits=2: f"{100 * float(row[key]):.{digits}f}"
+    run = rows["cifar10-two-stage-cifar10-forgetairplane-toautomobile-seed0"]
+    start = rows["un_erased-cifar10-forgetairplane-toautomobile-protocol2"]
+    assert (f"takes {float(run['seconds']):.0f} s: UA {share(run, 'ua', 1)} %, an automobile in "
+            f"{share(run, 'override_share', 1)} %, kept accuracy {share(run, 'kept_accuracy', 1)} % from "
+            f"{share(start, 'kept_accuracy', 1)} %" in " ".join(README.split()))
+    page = " ".join((ROOT / "results" / "cifar10.md").read_text().split())
+    for id, said in {"tried-cifar10-unguided-seed0": "a UA of {} % and an override of {} %",
+                     "tried-cifar10-forgetairplane-toautomobile-seed0": "twice these rates ({} and {} %)",
+                     "tried-cifar10-guided-100-steps-seed0": "133 s, give {} and {} %"}.items():
+        assert said.format(share(rows[id], "ua"), share(rows[id], "override_share")) in page, id
+    cats = rows["cifar10-two-stage-cifar10-forgetcat-todog-seed0"]
+    assert f"{100 - 100 * float(cats['ua']):.1f} % of what is drawn under *cat*" in page
     today = sfd_minimal.Settings(data="cifar10", init_from="teachers/cifar10_sid.pt")
-    assert all(row[k] == report.as_text(getattr(today, k)) for k in ("steps", "lr", "lr_fake", "lambda_anchor"))
+    for row in (row for row in READ if row["group"] == "cifar10 two-stage"):
+        assert all(row[k] == report.as_text(getattr(today, k))
+                   for k in ("steps", "batch", "lr", "lr_fake", "lambda_anchor", "forget_share", "guidance")), row["id"]
 
 
 def test_what_is_said_of_prompts_is_its_row():
