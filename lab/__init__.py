@@ -1,7 +1,7 @@
 """The laboratory of sfd_minimal.py: what the method stands on, and what stands on it. A room is a file; arrows go down.
 
     bench, readme                                    how fast; the tables of the READMEs
-    sweep                                            which settings suit the other methods
+    sweep, label_search                              which settings suit the other methods; how long a search takes
     prompt_methods                                   both of the next line, on prompts
     baselines, audit                                 other methods; can it come back?
     methods, stable_diffusion                        their losses; SFD on prompts, with diffusers

@@ -30,7 +30,7 @@ from lab.sample import TEACHER_NFE, draw, load_generator, many_step
 
 ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_minimal.Settings
     "sid": None,  # the generator that comes with the project, which has forgotten nothing
-    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=300, lr=5e-4, lr_fake=1.7e-3),
+    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=3400),
     "sfd": dict(),
     "sfd_two_stage": dict(init_from="sid"),
 }

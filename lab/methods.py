@@ -218,7 +218,7 @@ class Method:
 # of the label embedding, only c_f's column gets a gradient
 LABEL_ONLY, ALL = dict(only="map_label.weight", lr=1e-2), dict(only="", lr=3e-4)
 METHODS = {
-    "retrain": Method(denoise_kept, "kept", steps=2500, lr=2e-3, ema=0.998, from_scratch=True),
+    "retrain": Method(denoise_kept, "kept", steps=12_000, lr=2e-3, ema=0.998, from_scratch=True),
     "finetune": Method(denoise_kept, "kept", steps=200, lr=3e-3, tried=(dict(lr=1e-3), dict(lr=3e-4))),
     "esd": Method(esd, before=record_paths, **LABEL_ONLY, options=dict(eta=1.0),
                   tried=(dict(eta=3.0), ALL, ALL | dict(eta=3.0), ALL | dict(lr=1e-4), ALL | dict(lr=1e-4, eta=3.0))),

@@ -9,12 +9,13 @@ import re
 import statistics
 from dataclasses import dataclass
 
-from lab import audit, baselines, prompt_methods
+from lab import audit, baselines, label_search, prompt_methods
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
 from lab.report import ROOT, markdown, read_runs
 
-FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md")
+FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md",
+         "results/label_search.md")
 GROUPS = {  # of runs.csv, in words, in the order of the tables
     "default": "the default",
     "default elsewhere": "the default, seed 0, on two other machines",
@@ -29,7 +30,7 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
 }
 AT_A_GLANCE = ("default", "two-stage")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
-SIDE_BY_SIDE = ("retrain", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
+SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
                 "sfd", "sfd_two_stage")
 NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
            "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
@@ -145,6 +146,7 @@ def side_by_side():
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
           "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
           "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
+          "label search": lambda: label_search.table(read("mnist_label_search")),
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from conftest import CPU, ROOT, module, run, save_network
-from lab import audit, evaluate
+from lab import audit, evaluate, label_search
 from lab.checkpoint import load_checkpoint
 from lab.device import seed_everything
+from lab.errors import BadInput
 
 
 def accused(folder, network, content):
@@ -138,3 +139,28 @@ def test_command_refuses_what_has_forgotten_nothing(mnist_dir, tmp_path):
     save_network(teacher, tmp_path / "generator.pt")
     done = run(*module("lab.audit"), tmp_path, "--data-dir", mnist_dir, "--device", "cpu", cwd=tmp_path, code=2)
     assert "forgotten 0 labels" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_long_label_search_finds_what_is_there(under, monkeypatch, tmp_path, mnist_dir):
+    """In a generator that has forgotten nothing soon, from most starts; and a tied column draws the override."""
+    monkeypatch.setattr(label_search, "SEEN", 20)
+    monkeypatch.setattr(label_search, "PER_START", 4)
+    (s,) = under(*load_checkpoint(ROOT / "teachers" / "mnist_sid.pt"))
+    seed_everything(0)
+    found = label_search.search(s, looks=(1, 30))
+    assert found[1]["found"] < found[30]["found"] and found[30]["most"] > 0.8
+    before = drawn(s)
+    label_search.tie(s, 1)
+    assert before > 0.9 and drawn(s) < 0.1
+
+
+def test_the_label_search_command(mnist_dir, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(label_search, "search", lambda s: {25: {"share": 0.5, "most": 0.75, "found": 3}})
+    generator = str(ROOT / "teachers" / "mnist_forget0_to1.pt")
+    label_search.main(["--network", generator, "--tie", "--device", "cpu", "--out", str(tmp_path / "r.json")])
+    assert "| mnist_forget0_to1, tied | 50%, 3 of 16 |" in capsys.readouterr().out
+    assert [of["tied"] for _, of in json.loads((tmp_path / "r.json").read_text())] == [False, True]
+    teacher = ["--network", str(ROOT / "teachers" / "mnist_retrain.pt")]
+    for argv, says in (([], "takes the files"), (teacher, "no one-step")):
+        with pytest.raises(BadInput, match=says):
+            label_search.main([*argv, "--device", "cpu"])

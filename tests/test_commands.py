@@ -134,7 +134,7 @@ def test_several_labels_random_and_two_stages(tiny, tmp_path, monkeypatch):
                       "--guidance", "1.3"])
     m = json.loads((tmp_path / "runs" / "mnist-forget0-1-to2-3" / "metrics.json").read_text())
     assert m["forget"] == [0, 1] and m["to"] == [2, 3] and m["n_forgotten"] == 2 * 10
-    brought = RECIPES["mnist, from a one-step generator"] | {"steps": 2, "batch": 8}
+    brought = RECIPES["mnist, from a one-step generator"] | {"steps": 2, "batch": 8, "guidance": 1.3}
     assert {k: m["settings"][k] for k in brought} == brought and brought["forget_share"] and brought["lambda_anchor"]
     assert m["un_erased"]["nfe"] == 1, "the first stage, in runs/, stands beside the second"
     sfd_minimal.main([*base, "--forget", "4"])

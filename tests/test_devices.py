@@ -227,7 +227,7 @@ def test_the_command_evaluates_in_micro_batches(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(UNet, "forward", lambda self, x, *rest: seen.append(len(x)) or forward(self, x, *rest))
     save_network(load_checkpoint(tiny)[0], tmp_path / "teacher.pt", data="runes")
     base = ["--teacher", str(tmp_path / "teacher.pt"), "--data", "runes", "--steps", "1", "--batch", "8", "--device",
-            "cpu", "--out"]
+            "cpu", "--guidance", "1", "--out"]
     sfd_minimal.main([*base, str(tmp_path / "whole")])
     assert seen == 4 * [8]
     seen.clear()

@@ -15,7 +15,7 @@ from conftest import ROOT, run
 
 FLOORS = [  # from the top; a module imports from floors below its own alone
     ["lab.bench", "lab.readme"],
-    ["lab.sweep"],
+    ["lab.sweep", "lab.label_search"],
     ["lab.prompt_methods"],
     ["lab.baselines", "lab.audit"],
     ["lab.methods", "lab.stable_diffusion"],

@@ -54,8 +54,8 @@ def test_readmes_are_read_to_the_end():
 
 def test_options_named_are_options():
     modules = ("sfd_minimal", "train_teacher", *(f"lab.{name}" for name in (
-        "audit", "baselines", "bench", "evaluate", "fid", "judge", "prompt_judge", "prompt_methods", "report", "sample",
-        "sweep")))
+        "audit", "baselines", "bench", "evaluate", "fid", "judge", "label_search", "prompt_judge", "prompt_methods",
+        "report", "sample", "sweep")))
     known = {cli.option(f.name) for module in modules
              for f in dataclasses.fields(importlib.import_module(module).Settings) if f.metadata["option"]}
     for option in re.findall(r"(?<![\w<!-])--[a-z][a-z-]+", TEXT):

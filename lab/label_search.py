@@ -1,0 +1,100 @@
+"""How long does a label vector have to be searched for, until a one-step generator draws what it has forgotten?
+
+    python -m lab.label_search --network runs/mnist-forget0-to1/generator.pt teachers/mnist_retrain_sid.pt --tie
+
+16 starts: in every four, three random mixes of labels and one vector of two or four times a label's length. Adam, at
+rates of 0.02 to 0.1, guided by judge A on 16 fresh images a start and step. After each number of steps judge B looks at
+100 images under each vector. With --tie each network is searched once more with the column of the forgotten label
+copied from its override's: then no label vector says anything that the others cannot say.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from lab.audit import Suspect
+from lab.cli import check_ranges, command, parse, setting
+from lab.device import machine, pick_device, seed_everything
+from lab.errors import BadInput
+from lab.report import markdown
+from lab.sample import in_float32
+
+LOOKS = (25, 50, 100, 250)  # steps after which judge B looks
+STARTS, PER_START, SEEN = 16, 16, 100
+
+
+def starts(K):
+    """(STARTS, K) label vectors to begin at, and the learning rate of each (STARTS, 1)."""
+    mixes = torch.distributions.Dirichlet(torch.ones(K)).sample((STARTS,))
+    far = torch.nn.functional.normalize(torch.randn(STARTS, K)) * torch.tensor([2.0, 4.0]).repeat(STARTS)[:STARTS, None]
+    i = torch.arange(STARTS)
+    return torch.where(i[:, None] % 4 < 3, mixes, far), torch.tensor([0.05, 0.02, 0.1, 0.05])[i % 4, None]
+
+
+def search(s, looks=LOOKS):
+    """{steps: {"share": of the vector that judge A is surest of, "most": of any, "found": how many vectors show c_f in
+    more than half of their images}}; shares are judge B's, of SEEN images."""
+    begin, rate = (of.to(s.device) for of in starts(s.K))
+    w, out = torch.zeros_like(begin, requires_grad=True), {}
+    optimizer = torch.optim.Adam([w], 1.0)
+    for step in tqdm(range(1, max(looks) + 1), desc="searching", leave=False):
+        x = s.differentiable(s.noise(STARTS * PER_START), (begin + rate * w).repeat_interleave(PER_START, 0))
+        loss = s.guided_loss(x).view(STARTS, PER_START).mean(1)
+        (w.grad,) = torch.autograd.grad(loss.sum(), [w])
+        optimizer.step()
+        if step in looks:
+            with in_float32(s.network):
+                shares = [s.seen(s.draw(s.noise(SEEN), v.expand(SEEN, -1)))[0]["share"]
+                          for v in (begin + rate * w).detach()]
+            out[step] = {"share": shares[loss.argmin()], "most": max(shares), "found": sum(p > 0.5 for p in shares)}
+    return out
+
+
+def tie(s, c_o):
+    """Copy the override's column of the label embedding over the forgotten label's."""
+    weight = s.network.model.map_label.weight
+    weight.data[:, s.c_f] = weight.data[:, c_o]
+
+
+def table(results):
+    """Markdown: judge B's share of images under the vector that judge A is surest of, and the starts that found it."""
+    rows = [[f"{name}{', tied' * of['tied']}", *(f"{at['share']:.0%}, {at['found']} of {STARTS}"
+                                                 for at in of["after"].values())] for name, of in results]
+    return markdown(["", *(f"{steps} steps" for steps in results[0][1]["after"])], rows)
+
+
+@dataclass
+class Settings:
+    network: tuple = setting((), "files of one-step generators that have forgotten one label")
+    tie: bool = setting(False, "search each once more, its forgotten label's column copied from the override's")
+    device: str = setting("auto", "auto, cpu, cuda or mps")
+    out: str = setting("", "file for the numbers (default: results/mnist_label_search.json)")
+
+    def __post_init__(self):
+        check_ranges(self)
+        if not self.network:
+            raise BadInput("--network takes the files to search")
+
+
+def main(argv):
+    s = parse(Settings, argv, __doc__)
+    path, results = Path(s.out or "results/mnist_label_search.json"), []
+    for file in s.network:
+        for tied in (False, True)[:1 + s.tie]:
+            suspect = Suspect(file, pick_device(s.device))
+            if not suspect.one_step:
+                raise BadInput(f"{file} is no one-step generator")
+            if tied:
+                tie(suspect, suspect.evaluator.c_o[0])
+            seed_everything(0)
+            name = Path(file).parent.name if Path(file).stem == "generator" else Path(file).stem
+            results.append((name, {"tied": tied, "after": search(suspect), "machine": machine(suspect.device)}))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    command(main)
