@@ -20,12 +20,13 @@ SETTINGS = ("data", "forget", "to", "seed", "teacher", "init_from", "steps", "ba
             "lambda_forget", "forget_share", "lambda_anchor", "guidance", "sigma_init", "p_mean", "ema")
 NUMBERS = ("ua", "ua_judge2", "override_share", "kept_accuracy", "kept_accuracy_judge2", "fd", "teacher_fd", "fd_floor",
            "fd_override", "teacher_fd_override", "precision", "recall", "nfe", "n", "n_forgotten", "seconds")
+LOOK_ALIKE = ("look_alike", "look_alike_lost")
 OF_PROMPTS = {"other_attribute": ("other_attribute",), "ua_unseen_templates": ("under_unseen_templates", "ua"),
               "override_unseen_templates": ("under_unseen_templates", "override_share"),
               "ua_other_word": ("other_word", "ua"), "kept_digit": ("seen", "digit"), "kept_colour": ("seen", "colour"),
               "unseen_templates": ("unseen_templates", "both"), "unseen_pairs": ("unseen_pairs", "both")}
 CIRCUMSTANCES = ("device", "name", "bf16", "threads", "torch", "python", "protocol", "commit")
-COLUMNS = ("id", "group", *SETTINGS, *NUMBERS, *OF_PROMPTS, *CIRCUMSTANCES, "note")
+COLUMNS = ("id", "group", *SETTINGS, *NUMBERS, *LOOK_ALIKE, *OF_PROMPTS, *CIRCUMSTANCES, "note")
 
 
 def percent(share):
@@ -68,13 +69,23 @@ def of_prompts(m):
     return {name: deep(m, path) for name, path in OF_PROMPTS.items()}
 
 
+def look_alike(m):
+    """What forgetting took along: the label to keep, the overrides aside, of whose images the judge recognises fewer
+    than of the generator's that forgot nothing, by the largest share; and that share."""
+    before, now = ((of or {}).get("per_class_accuracy") for of in (m.get("un_erased"), m))
+    if not (before and now):
+        return {}
+    lost = {k: a - b for k, (a, b) in enumerate(zip(before, now)) if k not in (*m["forget"], *m["to"])}
+    return dict(zip(LOOK_ALIKE, max(lost.items(), key=lambda of: of[1])))
+
+
 def rows_of(m, id, group, commit, note):
     """The rows of a metrics.json `m`: the run's own, and those of what stands beside it."""
     s, of = m["settings"], {k: m["settings"].get(k) for k in ("data", "forget", "to")}
     circumstances = m["trained_on"] | {"protocol": m.get("protocol", 1), "commit": commit}
     teacher = {"teacher_fd": m["teacher"]["fd"], "teacher_fd_override": m["teacher"].get("fd_override")}
     pair = f"forget{'-'.join(s['forget'])}-to{'-'.join(s['to'])}".replace(" ", "-")
-    rows = [m | of_prompts(m) | {k: s.get(k) for k in SETTINGS} | teacher | circumstances
+    rows = [m | look_alike(m) | of_prompts(m) | {k: s.get(k) for k in SETTINGS} | teacher | circumstances
             | {"id": id, "group": group, "note": note}]
     for name, numbers in (("teacher", m["teacher"]), ("un_erased", m.get("un_erased"))):
         if numbers and m["forget"]:

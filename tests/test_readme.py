@@ -163,3 +163,10 @@ def test_requirements_give_a_reason_each():
 def test_no_path_of_a_machine_is_committed():
     for path in [*ROOT.glob("*.py"), *ROOT.glob("lab/*.py"), *ALL, ROOT / "results" / "runs.csv"]:
         assert not re.search(r"/(tmp|work|root|home)/", path.read_text()), path
+
+
+def test_what_forgetting_took_along_is_the_label_that_fell_most():
+    m = {"forget": [4], "to": [9], "per_class_accuracy": [0.9, 1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.6, 1.0, 0.2],
+         "un_erased": {"per_class_accuracy": [1.0] * 10}}
+    assert report.look_alike(m) == {"look_alike": 7, "look_alike_lost": pytest.approx(0.4)}, "not the override"
+    assert report.look_alike(m | {"un_erased": None}) == {}
