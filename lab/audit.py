@@ -86,6 +86,18 @@ class Suspect:
     def draw(self, z, label):
         return torch.cat([self.generate(*part) for part in zip(z.split(500), label.split(500))])
 
+    def climb(self, w, rate, n, steps, at=lambda w: w):
+        """Adam on w, in place, to where judge A is surest of c_f in n images under each of the vectors at(w) (N, ...),
+        from fresh noise. Yields the loss (N,) of each step."""
+        optimizer = torch.optim.Adam([w], rate)
+        for _ in range(steps):
+            v = at(w)
+            x = self.differentiable(self.noise(len(v) * n), v.repeat_interleave(n, 0))
+            loss = self.guided_loss(x).view(len(v), n).mean(1)
+            (w.grad,) = torch.autograd.grad(loss.sum(), [w])
+            optimizer.step()
+            yield loss
+
     def guided_loss(self, x):
         """-ln p_A(c_f | x), to be minimised."""
         return -self.evaluator.judge(x.clamp(-1, 1))[0].log_softmax(1)[:, self.c_f]
@@ -130,12 +142,8 @@ def labels(s, images):
     pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(s.K) for j in range(i)]).repeat(s.effort(10, 3), 1)
     dirichlet = mixes(len(pairs))
     v = torch.cat([eye.mean(0, keepdim=True), mixes(3)]).requires_grad_()
-    optimizer, n = torch.optim.Adam([v], 0.05), s.effort(32, 8)
-    for _ in range(steps := s.effort(120, 25)):
-        x = s.differentiable(s.noise(len(v) * n), v.repeat_interleave(n, 0))
-        loss = s.guided_loss(x).view(len(v), n).mean(1)
-        (v.grad,) = torch.autograd.grad(loss.sum(), [v])
-        optimizer.step()
+    for loss in s.climb(v, 0.05, s.effort(32, 8), steps := s.effort(120, 25)):
+        pass
     surest = v[loss.argmin()].detach()
     m = s.effort(500, 50)
     found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)),

@@ -18,6 +18,7 @@ from lab.audit import Suspect
 from lab.cli import check_ranges, command, parse, setting
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
+from lab.methods import copy_label
 from lab.report import markdown
 from lab.sample import in_float32
 
@@ -38,24 +39,14 @@ def search(s, looks=LOOKS):
     more than half of their images}}; shares are judge B's, of SEEN images."""
     begin, rate = (of.to(s.device) for of in starts(s.K))
     w, out = torch.zeros_like(begin, requires_grad=True), {}
-    optimizer = torch.optim.Adam([w], 1.0)
-    for step in tqdm(range(1, max(looks) + 1), desc="searching", leave=False):
-        x = s.differentiable(s.noise(STARTS * PER_START), (begin + rate * w).repeat_interleave(PER_START, 0))
-        loss = s.guided_loss(x).view(STARTS, PER_START).mean(1)
-        (w.grad,) = torch.autograd.grad(loss.sum(), [w])
-        optimizer.step()
+    climb = s.climb(w, 1.0, PER_START, max(looks), lambda w: begin + rate * w)
+    for step, loss in enumerate(tqdm(climb, total=max(looks), desc="searching", leave=False), 1):
         if step in looks:
             with in_float32(s.network):
                 shares = [s.seen(s.draw(s.noise(SEEN), v.expand(SEEN, -1)))[0]["share"]
                           for v in (begin + rate * w).detach()]
             out[step] = {"share": shares[loss.argmin()], "most": max(shares), "found": sum(p > 0.5 for p in shares)}
     return out
-
-
-def tie(s, c_o):
-    """Copy the override's column of the label embedding over the forgotten label's."""
-    weight = s.network.model.map_label.weight
-    weight.data[:, s.c_f] = weight.data[:, c_o]
 
 
 def table(results):
@@ -82,12 +73,14 @@ def main(argv):
     s = parse(Settings, argv, __doc__)
     path, results = Path(s.out or "results/mnist_label_search.json"), []
     for file in s.network:
+        suspect = Suspect(file, pick_device(s.device))
+        if not suspect.one_step:
+            raise BadInput(f"{file} is no one-step generator")
+        if s.tie and -1 in suspect.evaluator.c_o:
+            raise BadInput(f"{file} draws a random label instead: there is no column to tie the forgotten one to")
         for tied in (False, True)[:1 + s.tie]:
-            suspect = Suspect(file, pick_device(s.device))
-            if not suspect.one_step:
-                raise BadInput(f"{file} is no one-step generator")
             if tied:
-                tie(suspect, suspect.evaluator.c_o[0])
+                copy_label(suspect.network, suspect.evaluator)
             seed_everything(0)
             name = Path(file).parent.name if Path(file).stem == "generator" else Path(file).stem
             results.append((name, {"tied": tied, "after": search(suspect), "machine": machine(suspect.device)}))

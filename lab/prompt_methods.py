@@ -122,13 +122,9 @@ def embedding_search(s):
     do not mean the digit, of which the one is kept that judge A is surest of."""
     others = [word for word in s.words if DIGITS.get(word) != s.c_f]
     start = prompts.tokens([others[i] for i in torch.randperm(len(others))[:4]], s.words).to(s.device)
-    v, n = s.network.text(start).clone().requires_grad_(), s.effort(16, 8)
-    optimizer = torch.optim.Adam([v], 0.05)
-    for _ in range(s.effort(100, 25)):
-        x = s.differentiable(s.noise(len(v) * n), v.repeat_interleave(n, 0))
-        loss = s.guided_loss(x).view(len(v), n).mean(1)
-        (v.grad,) = torch.autograd.grad(loss.sum(), [v])
-        optimizer.step()
+    v = s.network.text(start).clone().requires_grad_()
+    for loss in s.climb(v, 0.05, s.effort(16, 8), s.effort(100, 25)):
+        pass
     m = s.effort(500, 50)
     return s.seen(s.draw(s.noise(m), v[loss.argmin()].detach().expand(m, -1, -1)))[0]
 

@@ -102,11 +102,11 @@ def summary():
 def of_data(data):
     """One row per run on a data set with a page of its own, beside the teacher and the un-erased generator on what
     these runs keep."""
-    groups, columns = OWN_PAGE[data]
+    (groups, columns), forms = OWN_PAGE[data], dict(NUMBERS.values())
 
     def row(words, of):
-        cells = ["" if of.get(key) in (None, "") else ("{:.1f}" if key == "fd_override" else "{:.2%}").format(
-            float(of[key])) for key in columns.values()]
+        cells = ["" if of.get(key) in (None, "") else forms.get(key, "{:.2%}").format(float(of[key]))
+                 for key in columns.values()]
         return [words, *cells, f"{of['ratio']:.2f}", f"{of['seconds']:.0f}" if of["seconds"] else ""]
     found = [of for group in groups for of in of_group(group)]
     rows = []

@@ -1,8 +1,8 @@
 """What a run of sfd_minimal.py takes for the settings that are not given: a line for each data set and start."""
 from pathlib import Path
 
-PUBLISHED = dict(steps=50_000, batch=256, micro_batch=32, lr=1e-5, lr_fake=3e-5, lambda_anchor=0.0, guidance=1.0)
 PLAIN = dict(lambda_anchor=0.0, guidance=1.0)  # as in the paper
+PUBLISHED = dict(steps=50_000, batch=256, micro_batch=32, lr=1e-5, lr_fake=3e-5) | PLAIN
 ANCHORED = dict(lambda_anchor=3.0, forget_share=0.5, guidance=1.0)
 GUIDED = dict(guidance=2.0)
 RECIPES = {
