@@ -250,8 +250,7 @@ def sigma_grid(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
     return (sigma_max ** (1 / rho) + u * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
-@torch.no_grad()
-def heun_sampler(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
+def heun(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
     """EDM's deterministic second-order sampler (Karras et al. 2022, algorithm 1): 2 * steps - 1 evaluations of D.
 
     z (B, ...) standard normal noise, c (B, K), sampling starts from sigma_max * z; guidance w moves D to
@@ -278,3 +277,6 @@ def heun_sampler(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
             x_next = x + (sigma_next - sigma) * (d + slope(x_next, sigma_next)) / 2
         x = x_next
     return x.to(z.dtype)
+
+
+heun_sampler = torch.no_grad()(heun)  # where nobody asks how an image would change with z or c

@@ -22,6 +22,7 @@ from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.evaluate import PROTOCOL, Evaluator
 from lab.figures import methods_figure
+from lab.frechet import frechet, moments
 from lab.labels import label_number, labels_only, run_name, who
 from lab.methods import METHODS, World
 from lab.report import markdown
@@ -29,10 +30,10 @@ from lab.run import Run, refuse_changed, update_average
 from lab.sample import TEACHER_NFE, draw, load_generator, many_step
 
 ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_minimal.Settings
+    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=3400),  # their control
     "sid": None,  # the generator that comes with the project, which has forgotten nothing
-    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=3400),
-    "sfd": dict(),
-    "sfd_two_stage": dict(init_from="sid"),
+    "sfd": dict(lr=3e-4, lr_fake=1e-3),
+    "sfd_two_stage": dict(init_from="sid", lr=4e-4, lr_fake=4e-4 / 0.3, forget_share=0.5),
 }
 
 
@@ -102,9 +103,9 @@ def unlearn(name, method, bench, out, resume):
     return average, comparable(training), preparation + run.seconds
 
 
-def distill(name, bench, out, resume):
-    """(generator, its file's other entries) of a one-step method, in the folder `out`."""
-    s, changes, folder = bench.s, dict(ONE_STEP[name] or {}), Path(bench.s.out)
+def distill(name, bench, out, resume, **changes):
+    """(generator, its file's other entries) of a one-step method, in the folder `out`; `changes` of its settings."""
+    s, changes, folder = bench.s, (ONE_STEP[name] or {}) | changes, Path(bench.s.out)
     if name == "sid" or changes.get("init_from"):
         found = un_erased(bench.info, bench.device)
         if found is None:
@@ -141,7 +142,7 @@ class Bench:
         self.evaluator = Evaluator.find(self.teacher, self.info, [self.c_f], [self.c_o])
         if self.evaluator is None:
             raise BadInput(f"without judges of {s.data} there is nothing to compare")
-        self._data = None
+        self._data, self._controls = None, {}
 
     def world(self, batch):
         return World(self.teacher, self.c_f, self.c_o, self.info.get("made_by", {}), batch, self.device, self.real_data)
@@ -151,10 +152,20 @@ class Bench:
             self._data = load_images(self.s.data, self.s.data_dir, self.info.get("size"), train=True)[:2]
         return self._data
 
-    def judge(self, generate, network, per_label, forgotten, what, erased=True):
+    def judge(self, generate, network, per_label, forgotten, what, erased=True, control=None):
+        """The report on a network, with its distance to what the control in the file `control` draws."""
         counts = [forgotten if k == self.c_f else per_label for k in range(len(network.conditions))]
         measured = self.evaluator.measure(generate, network, counts, progress=f"judging {what}")
-        return self.evaluator.report(measured, erased)
+        return self.evaluator.report(measured, erased) | (self.distance(measured, control, counts) if control else {})
+
+    def distance(self, measured, control, counts):
+        """{"fd_control", "fd_control_kept"}: FD to what a network that never saw c_f draws under c_f, and under the
+        labels to keep, from the same noise."""
+        if control not in self._controls:
+            generate, network, _ = load_generator(control, self.device)
+            self._controls[control] = self.evaluator.measure(generate, network, counts, progress="judging the control")
+        fd = lambda labels: frechet(*(moments(of["stats"], labels) for of in (measured, self._controls[control])))
+        return {"fd_control": fd([self.c_f]), "fd_control_kept": fd(self.evaluator.kept)}
 
     def more(self, path, generate, network):
         """What else is to be said of the network at `path`."""
@@ -203,7 +214,9 @@ def run_method(name, bench):
     save_atomically({"kind": "denoiser", **pack(network, half=True), **content}, out / "generator.pt")
     # what is judged is what is saved, half precision and all
     generate, network, saved = load_generator(out / "generator.pt", bench.device)
-    row = bench.judge(generate, network, s.per_label, 5 * s.per_label, name, erased=name != "sid")
+    control = out.parent / ("retrain_sid" if saved["nfe"] == 1 else "retrain") / "generator.pt"
+    row = bench.judge(generate, network, s.per_label, 5 * s.per_label, name, erased=name != "sid",
+                      control=control if control.exists() else None)
     row |= {"nfe": saved["nfe"], "real_data": data, "seconds": content["seconds"],
             "settings": content["settings"]} | bench.more(out / "generator.pt", generate, network) | of
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
@@ -213,15 +226,17 @@ def run_method(name, bench):
 # --------------------------------------------------------------------------------------------------- all, side by side
 
 def table(results):
-    """Markdown: one row per method, the teacher first."""
-    head = ["", "real images", "seconds", "NFE", "UA", "as override", "kept accuracy", "FD", "FD of the override",
-            "precision", "recall", "entropy under c_f"]
+    """Markdown: one row per method, the teacher first. Accuracies are judge B's, the settings were chosen by judge A;
+    FD is in judge A's features."""
+    head = ["", "differs", "real images", "seconds", "NFE", "UA", "as override", "kept accuracy", "FD",
+            "FD of the override", "precision", "recall", "FD to the control: c_f", "kept"]
     rows = []
     for name, m in {"teacher": results["teacher"], **results["methods"]}.items():
-        rows.append([f"`{name}`", m["real_data"], f"{m['seconds']:.0f}" if name != "teacher" else "", m["nfe"],
-                     f"{m['ua']:.1%}", f"{m['override_share']:.1%}", f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}",
-                     f"{m['fd_override']:.1f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}",
-                     f"{m['entropy'][results['forget']]:.2f}"])
+        differs = METHODS[name].differs if name in METHODS else ""
+        far = [f"{abs(m[key]):.1f}" if key in m else "" for key in ("fd_control", "fd_control_kept")]
+        rows.append([f"`{name}`", differs, m["real_data"], f"{m['seconds']:.0f}" if name != "teacher" else "", m["nfe"],
+                     f"{m['ua_judge2']:.1%}", f"{m['override_share_judge2']:.1%}", f"{m['kept_accuracy_judge2']:.1%}",
+                     f"{m['fd']:.1f}", f"{m['fd_override']:.1f}", f"{m['precision']:.3f}", f"{m['recall']:.3f}", *far])
     return markdown(head, rows)
 
 

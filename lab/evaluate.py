@@ -54,9 +54,10 @@ def metrics(measured, reference, floor, c_f, c_o, erased=True):
            "fd_floor": frechet(moments(floor, kept), moments(reference, kept)),
            "precision": precision, "recall": recall, "n": int(confusion.sum())}
     if c_f:
-        shares = [confusion[f, kept if t < 0 else [t]].sum() / confusion[f].sum() for f, t in zip(c_f, c_o)]
+        replaced = lambda of: torch.stack([of[f, kept if t < 0 else [t]].sum() / of[f].sum()
+                                           for f, t in zip(c_f, c_o)]).mean().item()
         out |= {"ua": 1 - accuracy[c_f].mean().item(), "ua_judge2": 1 - accuracy2[c_f].mean().item(),
-                "override_share": torch.stack(shares).mean().item(),
+                "override_share": replaced(confusion), "override_share_judge2": replaced(measured["confusion2"]),
                 "fd_override": frechet(moments(stats, c_f if erased else asked), moments(reference, asked)),
                 "fd_override_floor": frechet(moments(floor, asked), moments(reference, asked)),
                 "n_forgotten": int(confusion[c_f].sum())}

@@ -129,3 +129,15 @@ def audit_figure(rows, path):
             ax.set_xlabel(f"{share:.2%}" if share < 0.01 else f"{share:.0%}", fontsize=8, labelpad=1)
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
     save(fig, path)
+
+
+def search_figure(results, path):
+    """[(name, {"tied": bool, "after": {steps: {"most": share}}})]: a line each, dashed where the label is tied."""
+    fig, ((ax,),) = subplots(1, 1, (7.5, 3.6))
+    names = list(dict.fromkeys(name for name, _ in results))
+    for name, of in results:
+        ax.plot([int(steps) for steps in of["after"]], [100 * at["most"] for at in of["after"].values()], "o", ms=3,
+                color=f"C{names.index(name)}", ls="--" if of["tied"] else "-", label=name + ", tied" * of["tied"])
+    ax.set(xlabel="steps of the search", ylabel="% forgotten images, best of all vectors", ylim=(-2, 102))
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(fig, path)

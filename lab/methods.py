@@ -6,6 +6,7 @@ takes (network, world): D, and a `World` with the teacher, labels and data. Labe
 (B, C, H, W). A new method is one loss and one line in METHODS.
 """
 import dataclasses
+import itertools
 from dataclasses import dataclass, field
 from typing import Callable
 
@@ -13,6 +14,7 @@ import torch
 
 from edm_unet import heun_sampler
 from lab.data import batches
+from lab.label_space import tie
 from train_teacher import distance, edm_loss
 
 
@@ -70,9 +72,9 @@ class World:
         return self.states[i, j], self.sigmas[i].view(-1, 1, 1, 1), *(of[j] for of in self.asked)
 
 
-def denoising(network, x, label, world):
+def denoising(network, x, label, world, drop=0.1):
     """The teacher's own loss on images x under labels (n, K), one label in ten dropped."""
-    label = label * (torch.rand(len(x), 1, device=world.device) >= 0.1)
+    label = label * (torch.rand(len(x), 1, device=world.device) >= drop)
     return edm_loss(network, x, world.noise_levels(len(x)), label, *world.guidance)
 
 
@@ -146,7 +148,7 @@ def selective_amnesia(network, world):
     i = torch.randint(len(world.replay), (world.batch,), device=world.device)
     weights = zip(world.fisher, network.parameters(), world.phi.parameters())
     stay = sum((f * (p - p_0) ** 2).sum() for f, p, p_0 in weights)
-    return (denoising(network, x, world.label(world.c_f), world)
+    return (denoising(network, x, world.label(world.c_f), world, drop=0)
             + denoising(network, world.replay[i], world.label(world.replay_labels[i]), world) + world.lam * stay)
 
 
@@ -162,16 +164,17 @@ def replay_and_fisher(network, world):
 
 
 def salun(network, world):
-    """||D(x_t; c_f) - sg D(x_t; c')||^2 on real images x of c_f, c' a random label to keep, + beta times the
-    denoising loss on real images of the labels to keep; only the half of the weights with the largest |gradient| of
-    the forget loss moves.
+    """||D(x_t; c_f) - sg D(x_t; c')||^2 on real images x of c_f, + beta times the denoising loss on real images of the
+    labels to keep; only the half of the weights with the largest |gradient| of the forget loss moves. c' is the next
+    label, as in the official code, or (`scattered`) a random one to keep for each image.
 
     Fan et al., "SalUn: Empowering Machine Unlearning via Gradient-based Weight Saliency", ICLR 2024."""
     x, _ = world.real_images("forgotten")
     sigma = world.noise_levels(len(x))
     x_t = x + sigma * torch.randn_like(x)
     with torch.no_grad():
-        target = network(x_t, sigma, world.label(world.random_kept()))
+        other = world.random_kept() if world.scattered else (world.c_f + 1) % len(world.phi.conditions)
+        target = network(x_t, sigma, world.label(other))
     forget = distance(network(x_t, sigma, world.label(world.c_f)), target, sigma)
     return forget + world.beta * denoise_kept(network, world)
 
@@ -184,11 +187,10 @@ def saliency(network, world):
     world.mask = [(g.abs() > median).float() for g in gradient]
 
 
-@torch.no_grad()
 def copy_label(network, world):
     """Column c_o of the label embedding over column c_f; nothing is trained. Exactly c_o's images under c_f, and c_f
     one column away: the control that any claim of forgetting in a label-conditional model must be able to explain."""
-    network.model.map_label.weight[:, world.c_f] = network.model.map_label.weight[:, world.c_o]
+    tie(network, world.c_f, world.c_o)
 
 
 @dataclass(frozen=True)
@@ -203,33 +205,45 @@ class Method:
     only: str = ""                                  # train only the weights whose name matches this
     from_scratch: bool = False                      # start from fresh weights, not from the teacher's
     options: dict = field(default_factory=dict)     # settings of this loss alone: attributes of the world
-    tried: tuple = ()                               # what lab.sweep tries instead: fields of this class, or options
+    tried: tuple = ()                               # what lab.sweep chose from: fields of this class, or options
+    differs: str = "as published"                   # from the paper, in a few words
 
     def changed(self, change):
         own = {k: v for k, v in change.items() if k in self.options}
         return dataclasses.replace(self, **{k: v for k, v in change.items() if k not in own},
                                    options=self.options | own)
 
-    def in_words(self):
-        chosen = dict(steps=self.steps, lr=self.lr) | ({"only": self.only} if self.only else {}) | self.options
-        return " ".join(f"{k}={v}" for k, v in chosen.items())
-
 
 # of the label embedding, only c_f's column gets a gradient
-LABEL_ONLY, ALL = dict(only="map_label.weight", lr=1e-2), dict(only="", lr=3e-4)
-METHODS = {
-    "retrain": Method(denoise_kept, "kept", steps=12_000, lr=2e-3, ema=0.998, from_scratch=True),
-    "finetune": Method(denoise_kept, "kept", steps=200, lr=3e-3, tried=(dict(lr=1e-3), dict(lr=3e-4))),
-    "esd": Method(esd, before=record_paths, **LABEL_ONLY, options=dict(eta=1.0),
-                  tried=(dict(eta=3.0), ALL, ALL | dict(eta=3.0), ALL | dict(lr=1e-4), ALL | dict(lr=1e-4, eta=3.0))),
-    "all_but_one": Method(all_but_one, before=record_paths, **LABEL_ONLY, options=dict(beta=1.0),
-                          tried=(ALL, ALL | dict(beta=0.1), ALL | dict(lr=1e-3))),
-    "selective_amnesia": Method(selective_amnesia, before=replay_and_fisher, steps=300, lr=1e-3, options=dict(lam=10.0),
-                                tried=(dict(steps=150),
-                                       *(dict(steps=150, lr=3e-4, lam=lam) for lam in (0.0, 10.0, 100.0)))),
-    "salun": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=1e-3, options=dict(beta=1.0),
-                    tried=(dict(steps=100), dict(steps=100, lr=3e-4), dict(steps=100, lr=3e-4, beta=0.3))),
-    "label_swap": Method(label_swap, before=record_paths, **LABEL_ONLY,
-                         tried=(ALL, ALL | dict(lr=1e-4), ALL | dict(lr=1e-3))),
-    "embedding_copy": Method(None, before=copy_label, steps=0),
+LABEL_ONLY = dict(only="map_label.weight", differs="trains the label column of c_f alone")
+
+
+def tried(**values):
+    """Every combination of these values of settings or options."""
+    return tuple(dict(zip(values, chosen)) for chosen in itertools.product(*values.values()))
+
+
+METHODS = {  # each tried at four settings (lab.sweep), and then set to the best of them
+    "retrain": Method(denoise_kept, "kept", steps=12_000, lr=2e-3, ema=0.998, from_scratch=True, differs="the control"),
+    "finetune": Method(denoise_kept, "kept", steps=200, lr=1e-2, tried=tried(lr=(3e-4, 1e-3, 3e-3, 1e-2)),
+                       differs="no paper: training goes on without c_f"),
+    "esd": Method(esd, before=record_paths, options=dict(eta=1.0), tried=tried(lr=(1e-4, 3e-4), eta=(1.0, 3.0)),
+                  differs="y from the teacher's paths, not from D's"),
+    "esd_column": Method(esd, before=record_paths, **LABEL_ONLY, lr=1e-2, options=dict(eta=3.0),
+                         tried=tried(lr=(3e-3, 1e-2), eta=(1.0, 3.0))),
+    "all_but_one": Method(all_but_one, before=record_paths, options=dict(beta=1.0),
+                          tried=tried(lr=(3e-4, 1e-3), beta=(0.1, 1.0)), differs="rebuilt from the paper's abstract"),
+    "all_but_one_column": Method(all_but_one, before=record_paths, **LABEL_ONLY, lr=1e-2, options=dict(beta=0.0),
+                                 tried=tried(lr=(1e-3, 3e-3, 1e-2, 3e-2))),
+    "selective_amnesia": Method(selective_amnesia, before=replay_and_fisher, steps=300, lr=1e-3,
+                                options=dict(lam=1e4), tried=tried(lr=(3e-4, 1e-3), lam=(1e2, 1e4))),
+    "salun": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=3e-4,
+                    options=dict(beta=1.0, scattered=False), tried=tried(lr=(3e-4, 1e-3), beta=(0.3, 1.0)),
+                    differs="as in its code: c_f relabelled as the next label"),
+    "salun_scattered": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=1e-3,
+                              options=dict(beta=1.0, scattered=True), tried=tried(lr=(3e-4, 1e-3), beta=(0.3, 1.0)),
+                              differs="c_f relabelled at random"),
+    "label_swap": Method(label_swap, before=record_paths, only=LABEL_ONLY["only"], lr=1e-2,
+                         tried=tried(lr=(1e-3, 3e-3, 1e-2, 3e-2)), differs="no paper: SFD's idea, on that column"),
+    "embedding_copy": Method(None, before=copy_label, steps=0, differs="no paper: trains nothing"),
 }

@@ -24,6 +24,7 @@ from lab.prompt_judge import PromptEvaluator, asked_of_all, asked_of_forgotten, 
 from lab.prompts import COLOURS, DIGITS
 from lab.report import markdown, percent
 from lab.sample import draw, in_float32, load_generator, many_step
+from lab.suspect import Suspect, one_vector
 from train_teacher import edm_loss
 
 
@@ -91,16 +92,17 @@ ONE_STEP = ("sid", "sfd", "sfd_two_stage")
 
 # ---------------------------------------------------------------------------------------------------- can it come back?
 
-class PromptSuspect(audit.Suspect):
+class PromptSuspect(Suspect):
     """A network said to have forgotten a digit, asked in prompts; c (B, L) tokens or (B, L, WIDTH) states."""
 
-    share = 1
+    cut = 1
 
     def __init__(self, path, evaluator):
         self.device, self.evaluator = evaluator.device, evaluator
-        self.generate, self.network, content = load_generator(path, self.device)
+        _, self.network, content = load_generator(path, self.device)
         self.network.requires_grad_(False)
-        self.sigma_init, self.nfe, self.one_step = content.get("sigma_init"), content["nfe"], content["nfe"] == 1
+        self.sigma_init, self.nfe = content.get("sigma_init"), content["nfe"]
+        self.generate = self.chain(self.network)
         self.word, self.words = evaluator.forgotten[0]["digit"], self.network.settings.words
         self.c_f, asked = DIGITS[self.word], asked_of_forgotten(evaluator.forgotten)["under"]
         self.rows = prompts.tokens(asked, self.words).to(self.device)
@@ -109,8 +111,8 @@ class PromptSuspect(audit.Suspect):
         return self.rows[torch.arange(n, device=self.device) % len(self.rows)]
 
     @torch.no_grad()
-    def belief(self, images):
-        return super().belief(ink_of(images))
+    def belief(self, images, judge="judge2"):
+        return super().belief(ink_of(images), judge)
 
     def guided_loss(self, x):
         ink = (x.clamp(-1, 1).amax(1, keepdim=True) + 1) / 2
@@ -118,22 +120,21 @@ class PromptSuspect(audit.Suspect):
 
 
 def embedding_search(s):
-    """Concept inversion: the states of one prompt (L, WIDTH), searched for all z at once from those of four words that
-    do not mean the digit, of which the one is kept that judge A is surest of."""
+    """Concept inversion: the states of one prompt (L, WIDTH), searched for all z at once from those of words that do
+    not mean the digit."""
     others = [word for word in s.words if DIGITS.get(word) != s.c_f]
-    start = prompts.tokens([others[i] for i in torch.randperm(len(others))[:4]], s.words).to(s.device)
-    v = s.network.text(start).clone().requires_grad_()
-    for loss in s.climb(v, 0.05, s.effort(16, 8), s.effort(100, 25)):
-        pass
-    m = s.effort(500, 50)
-    return s.seen(s.draw(s.noise(m), v[loss.argmin()].detach().expand(m, -1, -1)))[0]
+
+    def start(n):
+        said = [others[i] for i in torch.randint(len(others), (n,))]
+        return s.network.text(prompts.tokens(said, s.words).to(s.device)).clone()
+    return one_vector(s, start)[0]
 
 
 def relearning(s, images, labels):
     """{"steps", "share", "limit"}: steps of EDM's loss, on all but the text encoder, on 10 shapes of the digit and on
     others beside them, in ink, until judge B sees it in half of 50 images under the word (17 evaluations)."""
     few, others = (labels == s.c_f).nonzero()[:10, 0], (labels != s.c_f).nonzero()[:1000, 0]
-    network, limit = copy.deepcopy(s.network), s.effort(60, 60)
+    network, limit = copy.deepcopy(s.network), s.effort(60)
     learning = [p.requires_grad_() for name, p in network.named_parameters() if not name.startswith("text.")]
     optimizer = torch.optim.Adam(learning, 1e-3, betas=(0.9, 0.99), fused=True)
     called, colours = list(DIGITS)[:10], list(COLOURS)[:6]
@@ -181,7 +182,7 @@ class Bench(baselines.Bench):
         return PromptWorld(self.teacher, [self.c_f], [self.c_o], self.info["made_by"], batch, self.device,
                            self.real_data)
 
-    def judge(self, generate, network, per_label, forgotten, what, erased=True):
+    def judge(self, generate, network, per_label, forgotten, what, erased=True, control=None):
         """A verdict on a fifth of the images that a run is judged by: most of these networks are slow to ask."""
         sets = {name: of[::5] for name, of in asked_of_all().items()}
         sets |= {name: of[:len(of) // 5] for name, of in asked_of_forgotten([self.c_f]).items()}

@@ -30,8 +30,8 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
 }
 AT_A_GLANCE = ("default", "two-stage")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
-SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd", "all_but_one", "selective_amnesia", "salun", "embedding_copy", "sid",
-                "sfd", "sfd_two_stage")
+SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd_column", "all_but_one_column", "selective_amnesia", "salun_scattered",
+                "embedding_copy", "sid", "sfd", "sfd_two_stage")
 NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
            "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
            "FD of the override": ("fd_override", "{:.1f}"), "the teacher's": ("teacher_fd_override", "{:.1f}"),
@@ -147,11 +147,13 @@ def side_by_side():
             raise RunFailed(f"results/{lacking[0]}.json has no {name}")
         m, n = (f[name] for f in found.values())
         steps, limit = n["relearning"]["10"]["steps"], n["relearning"]["limit"]
-        rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua']:.1%}",
-                     f"{m['kept_accuracy']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
-                     f"{n['label search']['share']:.0%}", f"more than {limit}" if steps is None else steps])
-    return markdown(["", "real images", "NFE", "seconds", "UA", "kept accuracy", "FD", "latent search", "label search",
-                     "steps to relearn"], rows)
+        strongest = max(audit.SEARCHES, key=lambda search: n[search]["share"])
+        rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua_judge2']:.1%}",
+                     f"{m['kept_accuracy_judge2']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
+                     f"{n[strongest]['share']:.0%}, {strongest.removesuffix(' search')}",
+                     f"more than {limit}" if steps is None else steps])
+    return markdown(["", "real images", "NFE", "seconds", "UA", "kept accuracy", "FD", "latent search",
+                     "strongest search", "steps to relearn"], rows)
 
 
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,

@@ -4,12 +4,13 @@ import csv
 import dataclasses
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from conftest import CPU, ROOT, module, run
-from lab import baselines, methods, sample, sweep
+from lab import baselines, methods, sample, sweep, tour
 from lab.checkpoint import load_checkpoint
 from lab.errors import BadInput
 from lab.evaluate import Evaluator
@@ -19,7 +20,7 @@ C_F, C_O = 0, 1
 FEW = partial(methods.record_paths, n=4)
 SMALL = {k: dataclasses.replace(m, steps=min(m.steps, 2), batch=8, **{"before": FEW} if m.before is methods.record_paths
                                 else {}) for k, m in methods.METHODS.items()}
-CHOSEN = ["retrain", "esd", "salun", "embedding_copy", "sid", "retrain_sid", "sfd", "sfd_two_stage"]
+CHOSEN = ["retrain", "esd", "salun", "embedding_copy", "retrain_sid", "sid", "sfd", "sfd_two_stage"]
 
 
 @pytest.fixture
@@ -31,7 +32,7 @@ def world(tiny):
     phi.bf16 = False  # what is compared here differs by less than bfloat16 can tell
     data = lambda: (torch.randint(256, (60, 1, 28, 28), dtype=torch.uint8), torch.arange(60) % 10)
     w = methods.World(phi, C_F, C_O, {"p_mean": 0.2, "guidance": 1.3}, 8, CPU, data)
-    w.eta, w.beta, w.lam = 1.0, 0.5, 10.0
+    w.eta, w.beta, w.lam, w.scattered = 1.0, 0.5, 10.0, False
     network = copy.deepcopy(phi).requires_grad_(True)
     FEW(network, w)
     return network, w
@@ -133,10 +134,14 @@ def test_bench_writes_table_and_figure(bench):
     results = json.loads((folder / "results" / "b.json").read_text())
     rows = results["methods"]
     assert list(rows) == CHOSEN and (folder / "results" / "b.png").exists()
-    assert judged == [f"judging {name}" for name in ("teacher", *CHOSEN)], "each once"
+    methods_judged = [what for what in judged if what != "judging the control"]
+    assert methods_judged == [f"judging {name}" for name in ("teacher", *CHOSEN)], "each once"
+    assert len(judged) == len(methods_judged) + 2, "the two controls once each, whatever is held against them"
     assert rows["salun"]["real_data"] == "kept and forgotten" and rows["esd"]["real_data"] == "none"
     assert rows["retrain_sid"]["real_data"] == rows["retrain"]["real_data"] == "kept"
     assert [m["nfe"] for m in rows.values()] == [35, 35, 35, 35, 1, 1, 1, 1]
+    assert [rows["retrain"]["fd_control"], rows["retrain_sid"]["fd_control_kept"]] == pytest.approx([0, 0], abs=1e-2)
+    assert all(m["fd_control"] > 0.1 for name, m in rows.items() if not name.startswith("retrain"))
     assert all(m["n"] == 9 + 5 and m["n_forgotten"] == 5 for m in rows.values())
     copied = rows["embedding_copy"]
     assert copied["ua"] > 0.9 and copied["kept_accuracy"] == pytest.approx(results["teacher"]["kept_accuracy"])
@@ -176,17 +181,16 @@ def test_masked_weights_stay(bench):
 
 
 def test_sweep_adds_only_what_is_missing(of_tiny, tmp_path, monkeypatch):
-    small = {k: dataclasses.replace(m, tried=m.tried[:1]) for k, m in SMALL.items()}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "METHODS", small)
+    monkeypatch.setattr(sweep, "METHODS", SMALL)
+    monkeypatch.setattr(sweep, "TRIED", {"label_swap": ({"lr": 0.01}, {"lr": 3e-4})})
     monkeypatch.setattr(baselines.Bench, "judge",
                         lambda *a: {"ua": 0.25, "override_share": 0.5, "kept_accuracy": 0.75, "fd": 1.0})
     argv = ["--method", "label_swap", "--device", "cpu", "--results", "b.csv"]
     sweep.main(argv)
     with open(tmp_path / "b.csv", newline="") as f:
         rows = list(csv.DictReader(f))
-    assert ([r["settings"] for r in rows] == ["steps=2 lr=0.01 only=map_label.weight", "steps=2 lr=0.0003"]
-            and rows[0]["ua"] == "0.25")
+    assert [r["settings"] for r in rows] == ["lr=0.01", "lr=0.0003"] and rows[0]["ua"] == "0.25"
     monkeypatch.setattr(baselines, "unlearn", lambda *a, **kw: pytest.fail("a row was made"))
     sweep.main(argv)
     for other in ("--forget", "3"), ("--to", "2"), ("--seed", "1"):
@@ -198,33 +202,49 @@ def test_sweep_adds_only_what_is_missing(of_tiny, tmp_path, monkeypatch):
         assert [r["seed"] for r in csv.DictReader(f)] == ["0", "0", "1", "1"], "what was there is kept"
 
 
-def test_a_method_s_training_is_not_done_again(of_tiny, tmp_path, monkeypatch):
-    """As if stopped between training and judging, and as if stopped within training: the same numbers."""
+def test_every_method_is_tried_at_four_settings_and_has_one_of_them():
+    tried = {name for name, m in methods.METHODS.items() if m.steps} - {"retrain"}
+    assert set(sweep.TRIED) == tried | {"sfd", "sfd_two_stage"}
+    assert all(len(settings) == 4 for settings in sweep.TRIED.values())
+    for name in tried:
+        m = methods.METHODS[name]
+        assert sum(m.changed(change) == m for change in m.tried) == 1, name
+
+
+def test_salun_relabels_as_its_code_does_or_at_random(world):
+    network, w = world
+    methods.saliency(network, w)
+    asked, label = [], w.label
+    w.label = lambda k: asked.append(k) or label(k)
+    for w.scattered, which in ((False, {C_F + 1}), (True, set(range(1, 10)))):
+        asked.clear()
+        for _ in range(4):
+            methods.salun(network, w)
+        relabelled = asked[1::4]
+        assert {k for of in relabelled for k in ([of] if isinstance(of, int) else of.tolist())} <= which
+        assert isinstance(relabelled[0], int) is not w.scattered
+
+
+def test_a_tour_goes_round_and_adds_only_what_is_missing(tmp_path, monkeypatch):
+    """Each class is overridden by the next, and held against the network that it started from."""
+    made, fell = [], {"esd": 7, "sfd_two_stage": 2}
+    of = lambda low=None: {"per_class_accuracy": [0.5 if k == low else 1.0 for k in range(10)]}
+
+    def run_method(name, bench):
+        made.append((bench.s.forget, bench.s.to, bench.s.seed, name))
+        return of(fell[name]) | dict.fromkeys(tour.NUMBERS, 0.25) | {
+            "nfe": 1 if name == "sfd_two_stage" else 35, "forget": int(bench.s.forget), "to": int(bench.s.to)}
+    beside = lambda n: ({"teacher": of(), "un_erased": of(1)}, None)
+    monkeypatch.setattr(baselines, "Bench", lambda s: SimpleNamespace(s=s, evaluator=SimpleNamespace(beside=beside)))
+    monkeypatch.setattr(baselines, "run_method", run_method)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(baselines, "METHODS",
-                        {"label_swap": dataclasses.replace(SMALL["label_swap"], steps=6, batch=4)})
-    argv = ["--method", "label_swap", "--per-label", "2", "--device", "cpu", "--out", "out", "--results", "b.json",
-            "--save-every", "1e-9"]
-    numbers = lambda: {k: v for k, v in json.loads((tmp_path / "b.json").read_text())["methods"]["label_swap"].items()
-                       if k != "seconds"}
-    baselines.main(argv)
-    whole, (network, _) = numbers(), load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
-    (tmp_path / "out" / "label_swap" / "metrics.json").unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "update_average", lambda *a: pytest.fail("trained again"))
-        baselines.main([*argv, "--resume"])
-    assert numbers() == whole
-    with stopped_after(3):
-        baselines.main([*argv, "--overwrite"])
-    baselines.main([*argv, "--resume"])
-    again, _ = load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
-    assert numbers() == whole and all(map(torch.equal, again.parameters(), network.parameters()))
-
-
-def test_the_command(tmp_path):
-    out = run(*module("lab.baselines"), "--method", "embedding_copy", "--per-label", 1, "--device", "cpu",
-              cwd=tmp_path).stdout
-    folder = "runs/mnist-baselines-forget0-to1"
-    assert "`embedding_copy`" in out and f"next: python -m lab.audit {folder}" in out
-    assert (tmp_path / folder / "embedding_copy" / "generator.pt").exists()
-    assert {f.name for f in (tmp_path / "results").iterdir()} == {"mnist_baselines.json", "mnist_baselines.png"}
+    argv = ["--method", "esd", "sfd_two_stage", "--results", "t.csv", "--device", "cpu"]
+    tour.main([*argv, "--forget", "4", "9", "--seed", "0", "1"])
+    assert made == [(f, to, seed, name) for f, to in (("4", "5"), ("9", "0")) for seed in (0, 1)
+                    for name in ("esd", "sfd_two_stage")]
+    with open("t.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert [(r["look_alike"], r["lost"]) for r in rows] == 4 * [("7 - seven", "0.5"), ("2 - two", "0.5")]
+    made.clear()
+    tour.main(argv)
+    assert len(made) == 2 * 10 - 4, "seed 0 of 4 and 9 is there"

@@ -278,7 +278,7 @@ def test_the_side_by_side_table(teacher, tmp_path, monkeypatch, mnist_dir, capsy
     monkeypatch.setattr(prompt_judge, "COUNTS", {name: 1 for name in prompt_judge.COUNTS})
     monkeypatch.setattr(prompt_judge, "FORGOTTEN", {name: 6 for name in prompt_judge.FORGOTTEN})
     monkeypatch.setattr(sample, "TEACHER_STEPS", 3)
-    monkeypatch.setattr(prompt_methods.PromptSuspect, "share", 50)
+    monkeypatch.setattr(prompt_methods.PromptSuspect, "cut", 50)
     for module in baselines, prompt_methods:
         monkeypatch.setattr(module, "load_teacher", lambda path, *of: load_teacher(path or teacher, *of))
     small = {name: prompt_methods.METHODS[name] for name in ("finetune", "all_but_one_to_nothing", "uce")}
