@@ -24,9 +24,10 @@ from lab.cli import command, parse, setting
 from lab.denoisers import each
 from lab.device import pick_device, seed_everything
 from lab.evaluate import Evaluator
+from lab.label_space import anywhere, tie
 from lab.labels import label_numbers, run_name, who
 from lab.recipes import RECIPES, recipe_name
-from lab.run import Run, RunSettings, update_average
+from lab.run import Run, RunSettings, decay, update_average
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Settings(RunSettings):
     lambda_forget: float = setting(1.0, "weight of the score-forgetting term; kept labels have 1", at_least=0)
     forget_share: float = setting(None, "share of the batch under forgotten labels (None: all alike)", above=0, below=1)
     lambda_anchor: float = setting(None, "not in the paper: weight of `anchor_loss` on kept labels", at_least=0)
+    anywhere: float = setting(0.0, "not in the paper: share of the batch anywhere in label space", at_least=0, below=1)
     guidance: float = setting(None, "not in the paper on labels: above 1, further from the forgotten one", at_least=1)
     sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network", above=0)
     p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
@@ -188,11 +190,6 @@ def begin(s, teacher, info=None):
     return state
 
 
-def decay(step, steps):
-    """Factor on both learning rates: 1 for the first half of the run, then linearly to zero."""
-    return min(1.0, 2 * (1 - step / steps))
-
-
 def about_labels(s, teacher, c_f, c_o):
     """What `distill` asks about: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i]. A teacher
     of prompts is asked about each as about a label, overridden by the same with c_o's words in it (`lab.prompts`)."""
@@ -203,7 +200,8 @@ def about_labels(s, teacher, c_f, c_o):
         override[c_f] = torch.tensor(c_o, dtype=torch.long)
     conditions, override = (of.to(teacher.conditions.device) for of in (conditions, override))
     kept = (override == torch.arange(len(override), device=override.device)).nonzero()[:, 0]
-    return lambda batch: draw_labels(batch, override, kept, conditions, s.forget_share)
+    ask = lambda batch: draw_labels(batch, override, kept, conditions, s.forget_share)
+    return anywhere(ask, s.anywhere, c_f, c_o) if s.anywhere else ask
 
 
 def distill(s, ask, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):
@@ -237,6 +235,8 @@ def train(s, teacher, info, c_f, c_o, evaluator=None):
     for terms in run.steps(distill(s, about_labels(s, teacher, c_f, c_o), teacher, **state, first=run.step)):
         if run.step in (20, 40, 60, 80, s.steps) or run.step % 100 == 0:
             run.log(terms | (evaluator.probe(state["average"], s.sigma_init) if evaluator else {}))
+    if s.anywhere:  # the weights have forgotten it: now the label too
+        tie(state["average"], c_f, c_o)
     return state["average"], save_generator(run, info, c_f, c_o, state["average"], state["fake"])
 
 

@@ -44,10 +44,13 @@ def label_numbers(s, classes):
         if words == (word,) and word in classes:
             raise BadInput(f"{word} has a meaning here, and is a class as well: say its number, {classes.index(word)}")
     if forget == ("none",):
-        if to != ("random",) or s.guidance != 1 or s.lambda_forget != 1 or s.lambda_anchor or s.forget_share:
-            raise BadInput("--forget none forgets nothing: --to, --guidance, --lambda-forget, --lambda-anchor and "
-                           "--forget-share have no meaning with it")
+        if (to != ("random",) or s.guidance != 1 or s.lambda_forget != 1
+                or s.lambda_anchor or s.forget_share or s.anywhere):
+            raise BadInput("--forget none forgets nothing: --to, --guidance, --lambda-forget, --lambda-anchor, "
+                           "--forget-share and --anywhere have no meaning with it")
         return [], []
+    if s.anywhere and (s.data == "prompts" or to == ("random",)):
+        raise BadInput("--anywhere moves a label to forget onto the one that --to names: of labels, not of prompts")
     if s.data == "prompts":
         return prompts.concepts(forget, to)
     c_f = [label_number(f, classes) for f in forget]

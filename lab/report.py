@@ -17,7 +17,7 @@ from lab.errors import BadInput
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "results" / "runs.csv"
 SETTINGS = ("data", "forget", "to", "seed", "teacher", "init_from", "steps", "batch", "lr", "lr_fake", "alpha",
-            "lambda_forget", "forget_share", "lambda_anchor", "guidance", "sigma_init", "p_mean", "ema")
+            "lambda_forget", "forget_share", "lambda_anchor", "anywhere", "guidance", "sigma_init", "p_mean", "ema")
 NUMBERS = ("ua", "ua_judge2", "override_share", "kept_accuracy", "kept_accuracy_judge2", "fd", "teacher_fd", "fd_floor",
            "fd_override", "teacher_fd_override", "precision", "recall", "nfe", "n", "n_forgotten", "seconds")
 LOOK_ALIKE = ("look_alike", "look_alike_lost")

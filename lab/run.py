@@ -68,6 +68,11 @@ def lock(folder):
 
 
 @torch.no_grad()
+def decay(step, steps):
+    """Factor on a learning rate: 1 for the first half of the run, then linearly to zero."""
+    return min(1.0, 2 * (1 - step / steps))
+
+
 def update_average(average, model, decay, step):
     """average <- beta average + (1 - beta) model, weight by weight, after step number `step` (from 0).
     beta = decay, or (1 + step) / (8 + step) while that is smaller, so that the first steps do not linger."""

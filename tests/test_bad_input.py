@@ -82,6 +82,8 @@ CASES = [  # program, arguments ({} is the folder of bad files), a word of the m
     ("sfd", "--forget none --lambda-anchor 3", "no meaning with it"),
     ("sfd", "--forget none --lambda-forget 2", "no meaning with it"),
     ("sfd", "--forget none --forget-share 0.3", "no meaning with it"),
+    ("sfd", "--forget none --anywhere 0.3", "no meaning with it"), ("sfd", "--anywhere 0.3", "the one that --to names"),
+    ("sfd", "--data prompts --forget zero --to one --anywhere 0.3", "of labels, not of prompts"),
     ("sfd", "--frobnicate 3", "unrecognized"), ("sfd", "--step 3", "unrecognized"), ("sfd", "3", "unrecognized"),
     ("sfd", "--per-label 4", "unrecognized"), ("sfd", "--label 3", "unrecognized"),
     ("sfd", "--u-max 1", "unrecognized"),
