@@ -67,12 +67,12 @@ def lock(folder):
     return file
 
 
-@torch.no_grad()
 def decay(step, steps):
     """Factor on a learning rate: 1 for the first half of the run, then linearly to zero."""
     return min(1.0, 2 * (1 - step / steps))
 
 
+@torch.no_grad()
 def update_average(average, model, decay, step):
     """average <- beta average + (1 - beta) model, weight by weight, after step number `step` (from 0).
     beta = decay, or (1 + step) / (8 + step) while that is smaller, so that the first steps do not linger."""

@@ -328,6 +328,7 @@ def test_any_denoiser_can_be_distilled():
     losses = list(sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [2]), teacher, **state))
     assert len(losses) == 3 and all(torch.isfinite(v) for terms in losses for v in terms.values())
     assert not torch.equal(state["generator"].net.weight, teacher.net.weight)
+    assert not any(p.requires_grad for p in state["average"].parameters()), "it would keep the graph of every step"
 
 
 def test_a_run_that_diverges_says_where(unjudged, tmp_path):
