@@ -202,6 +202,38 @@ def test_sweep_adds_only_what_is_missing(of_tiny, tmp_path, monkeypatch):
         assert [r["seed"] for r in csv.DictReader(f)] == ["0", "0", "1", "1"], "what was there is kept"
 
 
+def test_a_method_s_training_is_not_done_again(of_tiny, tmp_path, monkeypatch):
+    """As if stopped between training and judging, and as if stopped within training: the same numbers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(baselines, "METHODS",
+                        {"label_swap": dataclasses.replace(SMALL["label_swap"], steps=6, batch=4)})
+    argv = ["--method", "label_swap", "--per-label", "2", "--device", "cpu", "--out", "out", "--results", "b.json",
+            "--save-every", "1e-9"]
+    numbers = lambda: {k: v for k, v in json.loads((tmp_path / "b.json").read_text())["methods"]["label_swap"].items()
+                       if k != "seconds"}
+    baselines.main(argv)
+    whole, (network, _) = numbers(), load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
+    (tmp_path / "out" / "label_swap" / "metrics.json").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "update_average", lambda *a: pytest.fail("trained again"))
+        baselines.main([*argv, "--resume"])
+    assert numbers() == whole
+    with stopped_after(3):
+        baselines.main([*argv, "--overwrite"])
+    baselines.main([*argv, "--resume"])
+    again, _ = load_checkpoint(tmp_path / "out" / "label_swap" / "generator.pt")
+    assert numbers() == whole and all(map(torch.equal, again.parameters(), network.parameters()))
+
+
+def test_the_command(tmp_path):
+    out = run(*module("lab.baselines"), "--method", "embedding_copy", "--per-label", 1, "--device", "cpu",
+              cwd=tmp_path).stdout
+    folder = "runs/mnist-baselines-forget0-to1"
+    assert "`embedding_copy`" in out and f"next: python -m lab.audit {folder}" in out
+    assert (tmp_path / folder / "embedding_copy" / "generator.pt").exists()
+    assert {f.name for f in (tmp_path / "results").iterdir()} == {"mnist_baselines.json", "mnist_baselines.png"}
+
+
 def test_every_method_is_tried_at_four_settings_and_has_one_of_them():
     tried = {name for name, m in methods.METHODS.items() if m.steps} - {"retrain"}
     assert set(sweep.TRIED) == tried | {"sfd", "sfd_two_stage"}
