@@ -201,7 +201,7 @@ def about_labels(s, teacher, c_f, c_o):
     conditions, override = (of.to(teacher.conditions.device) for of in (conditions, override))
     kept = (override == torch.arange(len(override), device=override.device)).nonzero()[:, 0]
     ask = lambda batch: draw_labels(batch, override, kept, conditions, s.forget_share)
-    return anywhere(ask, s.anywhere, c_f, c_o) if s.anywhere else ask
+    return anywhere(ask, s.anywhere, conditions[override]) if s.anywhere else ask
 
 
 def distill(s, ask, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):

@@ -17,12 +17,14 @@ import torch
 from tqdm import tqdm
 
 from edm_unet import heun_sampler
+from lab import suspect
 from lab.checkpoint import digest, read_file, save_atomically
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import load_images, to_float
 from lab.device import machine, pick_device, seed_everything
 from lab.errors import BadInput
 from lab.figures import audit_figure
+from lab.label_space import mixes
 from lab.report import markdown
 from lab.run import lock
 from lab.suspect import Suspect, asked_with_embeddings, climb, label_starts, on_sphere, one_vector, rates, searched
@@ -57,8 +59,8 @@ def labels(s, images):
     Judge A chooses which of the three is reported."""
     eye = torch.eye(s.K, device=s.device)
     pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(s.K) for j in range(i)]).repeat(s.effort(5), 1)
-    mixes = torch.distributions.Dirichlet(torch.ones(s.K)).sample((len(pairs),)).to(s.device)
-    found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)), "mixes": s.seen(s.draw(s.noise(len(mixes)), mixes)),
+    mixed = mixes(len(pairs), s.K).to(s.device)
+    found = {"pairs": s.seen(s.draw(s.noise(len(pairs)), pairs)), "mixes": s.seen(s.draw(s.noise(len(mixed)), mixed)),
              "searched": one_vector(s, lambda n: label_starts(s, n))}
     most = max(found, key=lambda k: found[k][0]["judge_a"])
     return found[most][0] | {"by": most} | {k: numbers for k, (numbers, _) in found.items()}, found[most][1]
@@ -170,7 +172,7 @@ def real_images(data, data_dir, size, c_f, device):
 def audit_one(folder, device, data_dir, cut=1):
     """{attack: numbers}, {attack: image} of one run, remembered in its audit.pt."""
     s, memory = Suspect(folder / "generator.pt", device, cut), folder / "audit.pt"
-    fingerprint = digest(folder / "generator.pt", __file__, *s.evaluator.paths) + f" cut {cut}"
+    fingerprint = digest(folder / "generator.pt", __file__, suspect.__file__, *s.evaluator.paths) + f" cut {cut}"
     if memory.exists() and (content := read_file(memory, "audit"))["fingerprint"] == fingerprint:
         return content["numbers"], content["images"]
     images, numbers, pictures, start = real_images(s.data, data_dir, s.size, s.c_f, device), {}, {}, time.monotonic()

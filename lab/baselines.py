@@ -127,6 +127,14 @@ def distill(name, bench, out, resume, **changes):
     return sfd_minimal.train(settings, teacher, info, *labels)
 
 
+def trained(name, bench, out, resume, **changes):
+    """(network, its file's other entries) of any method, in the folder `out`; `changes` of its settings."""
+    if name not in bench.methods:
+        return distill(name, bench, out, resume, **changes)
+    network, settings, seconds = unlearn(name, bench.methods[name].changed(changes), bench, out, resume)
+    return network, {"settings": settings, "seconds": seconds}
+
+
 class Bench:
     """What all methods share: teacher, judges, labels, real data where a method asks for it; and what of it all is of
     labels, so that a comparison on something else overrides it."""
@@ -201,12 +209,8 @@ def run_method(name, bench):
         return row
     resume = s.resume and (out / "checkpoint.pt").exists()
     print(f"{name}: {'going on' if resume else 'starting'} in {out}")
-    if method := bench.methods.get(name):
-        network, settings, seconds = unlearn(name, method, bench, out, resume)
-        content, data = {"settings": settings, "seconds": seconds}, method.data
-    else:
-        network, content = distill(name, bench, out, resume)
-        data = bench.methods["retrain"].data if name == "retrain_sid" else "none"
+    network, content = trained(name, bench, out, resume)
+    learned = bench.methods.get("retrain" if name == "retrain_sid" else name)
     content = {k: content[k] for k in ("settings", "seconds", "sigma_init") if k in content}
     content |= {"data": s.data, "classes": bench.info["classes"], "size": bench.info.get("size"),
                 "forget": [bench.c_f], "to": [bench.c_o], "teacher_sha256": bench.info["sha256"],
@@ -217,7 +221,7 @@ def run_method(name, bench):
     control = out.parent / ("retrain_sid" if saved["nfe"] == 1 else "retrain") / "generator.pt"
     row = bench.judge(generate, network, s.per_label, 5 * s.per_label, name, erased=name != "sid",
                       control=control if control.exists() else None)
-    row |= {"nfe": saved["nfe"], "real_data": data, "seconds": content["seconds"],
+    row |= {"nfe": saved["nfe"], "real_data": learned.data if learned else "none", "seconds": content["seconds"],
             "settings": content["settings"]} | bench.more(out / "generator.pt", generate, network) | of
     (out / "metrics.json").write_text(json.dumps(row, indent=1) + "\n")
     return row

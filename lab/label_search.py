@@ -21,7 +21,7 @@ from lab.figures import search_figure
 from lab.label_space import tie
 from lab.report import markdown
 from lab.sample import in_float32
-from lab.suspect import Suspect, climb, label_starts, rates
+from lab.suspect import Suspect, climb, for_all_z, label_starts, rates
 
 LOOKS = (25, 50, 75, 100, 150, 250)  # steps after which judge B looks
 STARTS, PER_START, SEEN = 16, 16, 100
@@ -30,7 +30,7 @@ STARTS, PER_START, SEEN = 16, 16, 100
 def search(s, looks=LOOKS):
     """{steps: {"share": of the vector that judge A is surest of, "most": of any, "found": how many vectors show c_f in
     more than half of their images}}; shares are judge B's, of SEEN images."""
-    asked, out = lambda v: s.generate(s.noise(STARTS * PER_START), v.repeat_interleave(PER_START, 0)), {}
+    asked, out = for_all_z(s, s.generate, PER_START), {}
     way = climb(s, label_starts(s, STARTS), rates(STARTS), max(looks), asked)
     for step, (found, loss) in enumerate(tqdm(way, total=max(looks), desc="searching", leave=False), 1):
         if step in looks:

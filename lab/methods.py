@@ -243,7 +243,7 @@ METHODS = {  # each tried at four settings (lab.sweep), and then set to the best
     "salun_scattered": Method(salun, "kept and forgotten", before=saliency, steps=300, lr=1e-3,
                               options=dict(beta=1.0, scattered=True), tried=tried(lr=(3e-4, 1e-3), beta=(0.3, 1.0)),
                               differs="c_f relabelled at random"),
-    "label_swap": Method(label_swap, before=record_paths, only=LABEL_ONLY["only"], lr=1e-2,
-                         tried=tried(lr=(1e-3, 3e-3, 1e-2, 3e-2)), differs="no paper: SFD's idea, on that column"),
+    "label_swap": Method(label_swap, before=record_paths, lr=1e-2, tried=tried(lr=(1e-3, 3e-3, 1e-2, 3e-2)),
+                         **LABEL_ONLY | dict(differs="no paper: SFD's idea, on that column")),
     "embedding_copy": Method(None, before=copy_label, steps=0, differs="no paper: trains nothing"),
 }

@@ -99,10 +99,9 @@ class PromptSuspect(Suspect):
 
     def __init__(self, path, evaluator):
         self.device, self.evaluator = evaluator.device, evaluator
-        _, self.network, content = load_generator(path, self.device)
+        self.generate, self.network, content = load_generator(path, self.device)
         self.network.requires_grad_(False)
         self.sigma_init, self.nfe = content.get("sigma_init"), content["nfe"]
-        self.generate = self.chain(self.network)
         self.word, self.words = evaluator.forgotten[0]["digit"], self.network.settings.words
         self.c_f, asked = DIGITS[self.word], asked_of_forgotten(evaluator.forgotten)["under"]
         self.rows = prompts.tokens(asked, self.words).to(self.device)

@@ -6,13 +6,12 @@
 """
 import json
 import re
-import statistics
 from dataclasses import dataclass
 
 from lab import audit, baselines, label_search, prompt_methods
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
-from lab.report import ROOT, markdown, read_runs
+from lab.report import ROOT, markdown, read_rows, spread
 
 FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md",
          "results/label_search.md")
@@ -52,7 +51,7 @@ LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 def of_group(name):
     """The rows of a group in runs.csv, with "pair" and, as numbers or None, what NUMBERS asks for."""
-    rows = [row for row in read_runs() if row["group"] == name]
+    rows = [row for row in read_rows() if row["group"] == name]
     if not rows:
         raise RunFailed(f"results/runs.csv has no run in the group {name!r}")
     for row in rows:
@@ -74,8 +73,7 @@ def line(head, rows, titles):
     """Cells of one row of a table: `head`, then of each title the mean and, where it is not one number, the range."""
     for key, form in (NUMBERS[title] for title in titles):
         values = [row[key] for row in rows if row[key] is not None]
-        low, mean, high = (form.format(f(values)) if values else "" for f in (min, statistics.mean, max))
-        head = [*head, mean if low == high else f"{mean} ({low} to {high})"]
+        head = [*head, spread(values, form) if values else ""]
     return head
 
 
@@ -130,8 +128,7 @@ def every_class():
     taken = lambda row: 100 * float(row["look_alike_lost"])
     one = lambda row: [*line([row["pair"]], [row], titles), f"{row['look_alike']}: {taken(row):.1f}"]
     rows, sequence = of_group("every class"), sorted(of_group("in sequence"), key=lambda row: len(row["pair"]))
-    lost = [taken(row) for row in rows]
-    mean = [*line(["all ten"], rows, titles), f"{statistics.mean(lost):.1f} ({min(lost):.1f} to {max(lost):.1f})"]
+    mean = [*line(["all ten"], rows, titles), spread([*map(taken, rows)], "{:.1f}")]
     return markdown(["", *titles, "most damaged label: points"], [*map(one, rows), mean, *map(one, sequence)])
 
 

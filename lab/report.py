@@ -7,6 +7,7 @@ nothing. `python -m lab.readme` makes the tables of the READMEs from that file.
 """
 import csv
 import json
+import statistics
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,18 +42,24 @@ def markdown(head, rows):
     return "\n".join([text[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *text[1:]])
 
 
-def read_runs(path=RUNS):
-    """The rows of runs.csv, each a dict of strings."""
+def spread(values, form):
+    """The mean of numbers and, where `form` tells them apart, their range."""
+    low, mean, high = (form.format(f(values)) for f in (min, statistics.mean, max))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def read_rows(path=RUNS):
+    """The rows of a table in a file, each a dict of strings; none where there is no file."""
     if not path.exists():
         return []
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
 
 
-def write_runs(rows, path=RUNS):
+def write_rows(rows, path, columns=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="") as f:
-        table = csv.DictWriter(f, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(f, columns or list(rows[-1]), lineterminator="\n")
         table.writeheader()
         table.writerows(rows)
 
@@ -98,8 +105,8 @@ def rows_of(m, id, group, commit, note):
 def add(rows, path=RUNS):
     """Put rows into runs.csv; one of the same id is replaced."""
     new = {row["id"]: row for row in rows}
-    old = {row["id"]: row for row in read_runs(path)}
-    write_runs(sorted((old | new).values(), key=lambda row: (row["group"], row["id"])), path)
+    old = {row["id"]: row for row in read_rows(path)}
+    write_rows(sorted((old | new).values(), key=lambda row: (row["group"], row["id"])), path, COLUMNS)
 
 
 @dataclass

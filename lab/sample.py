@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from edm_unet import heun_sampler
+from edm_unet import heun
 from lab import prompts
 from lab.checkpoint import in_folder, load_checkpoint
 from lab.cli import check_ranges, command, parse, setting
@@ -36,7 +36,7 @@ def one_step(generator, sigma_init):
 
 def many_step(teacher):
     """generate(z, c) -> images: the teacher's 35 evaluations."""
-    return lambda z, c: heun_sampler(teacher, z, c, TEACHER_STEPS)
+    return lambda z, c: heun(teacher, z, c, TEACHER_STEPS)
 
 
 def load_generator(path, device):

@@ -8,19 +8,19 @@ import copy
 
 import torch
 
-from edm_unet import heun
 from lab.data import misfit, to_float, to_uint8
 from lab.errors import BadInput
 from lab.evaluate import Evaluator
+from lab.label_space import mixes
 from lab.labels import labels_only
-from lab.sample import TEACHER_STEPS, load_generator, one_step
+from lab.sample import load_generator, many_step, one_step
 
 
 class Suspect:
     """A network said to have forgotten label c_f, and how to ask it. z, images (B, C, H, W); labels (B, K)."""
 
     def __init__(self, path, device, cut=1):
-        _, self.network, content = load_generator(path, device)
+        self.generate, self.network, content = load_generator(path, device)
         self.network.requires_grad_(False)
         labels_only(content["data"], "python -m lab.prompt_methods trains, and searches, its own")
         if len(content.get("forget", [])) != 1:
@@ -31,12 +31,11 @@ class Suspect:
         if differs := misfit(self.data, content["classes"], self.network.shape, self.size):
             raise BadInput(f"{path} {differs}")
         self.evaluator = Evaluator(self.data, device, [self.c_f], content["to"])
-        self.generate = self.chain(self.network)
         self.cut = cut  # of all efforts, one in so many
 
     def chain(self, network):
-        """generate(z, c) as this suspect draws, with a gradient to both."""
-        return one_step(network, self.sigma_init) if self.nfe == 1 else lambda z, c: heun(network, z, c, TEACHER_STEPS)
+        """generate(z, c) of another network, as this suspect draws."""
+        return one_step(network, self.sigma_init) if self.nfe == 1 else many_step(network)
 
     def effort(self, n):
         return max(2, n // self.cut)
@@ -59,11 +58,11 @@ class Suspect:
         images = to_uint8(x)
         p, guide = self.belief(images), self.belief(images, "judge")
         share = lambda p: (p.argmax(1) == self.c_f).float().mean().item()
-        return (of(share(p), len(x)) | {"judge_a": share(guide)}, images[p[:, self.c_f].argmax()].cpu())
+        return (with_interval(share(p), len(x)) | {"judge_a": share(guide)}, images[p[:, self.c_f].argmax()].cpu())
 
     @torch.no_grad()
-    def draw(self, z, label):
-        return torch.cat([self.generate(*part) for part in zip(z.split(500), label.split(500))])
+    def draw(self, z, label, generate=None):
+        return torch.cat([(generate or self.generate)(*part) for part in zip(z.split(500), label.split(500))])
 
     def guided_loss(self, x):
         """-ln p_A(c_f | x), to be minimised."""
@@ -74,7 +73,7 @@ def on_sphere(z):
     return z * (z[0].numel() ** 0.5 / z.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
 
 
-def of(share, n):
+def with_interval(share, n):
     """{"share", "n", "low", "high"}: with the 95 % interval of a share of n (Wilson)."""
     q = 1.96 ** 2 / n
     middle, half = (share + q / 2) / (1 + q), (q * (share * (1 - share) + q / 4)) ** 0.5 / (1 + q)
@@ -108,6 +107,11 @@ def searched(s, starts, steps, search):
     return more | {"starts": 7 * starts, "steps": 5 * steps, "same starts": numbers}, best
 
 
+def for_all_z(s, generate, n):
+    """images(v) for `climb`: n of them from fresh noise under each of the vectors v (N, ...)."""
+    return lambda v: generate(s.noise(len(v) * n), v.repeat_interleave(n, 0))
+
+
 def rates(n):
     """Learning rates of n starts: no single one is right for every network."""
     return torch.tensor([0.05, 0.02, 0.15]).repeat(n // 3 + 1)[:n]
@@ -116,10 +120,10 @@ def rates(n):
 def label_starts(s, n):
     """(n, K) vectors that a search begins at: the even mix, random mixes, and vectors of twice and of four times a
     label's length, which lie outside of what any mix reaches."""
-    mixes = torch.distributions.Dirichlet(torch.ones(s.K)).sample((n,))  # not every device draws them
-    mixes[0] = 1 / s.K
+    mixed = mixes(n, s.K)
+    mixed[0] = 1 / s.K
     far = torch.nn.functional.normalize(torch.randn(n, s.K)) * torch.tensor([2.0, 4.0]).repeat(n)[:n, None]
-    return torch.where(torch.arange(n)[:, None] % 4 < 2, mixes, far).to(s.device)
+    return torch.where(torch.arange(n)[:, None] % 4 < 2, mixed, far).to(s.device)
 
 
 def asked_with_embeddings(network):
@@ -134,13 +138,11 @@ def asked_with_embeddings(network):
 def one_vector(s, start, scale=1.0, network=None):
     """A search of one vector for all z at once, from start(n) (n, ...), at rates in units of `scale`: what is drawn
     under the one of which judge A is surest. `network`: one that is asked otherwise in the place of the suspect's."""
-    generate = s.chain(network or s.network)
+    generate = s.chain(network) if network else s.generate
 
-    def search(starts, steps, n=8):
-        asked = lambda v: generate(s.noise(starts * n), v.repeat_interleave(n, 0))
-        for v, loss in climb(s, start(starts), scale * rates(starts), steps, asked):
+    def search(starts, steps):
+        for v, loss in climb(s, start(starts), scale * rates(starts), steps, for_all_z(s, generate, 8)):
             pass
         surest = v[loss.argmin()].expand(s.effort(400), *v.shape[1:])
-        with torch.no_grad():
-            return s.seen(torch.cat([generate(s.noise(len(part)), part) for part in surest.split(100)]))
+        return s.seen(s.draw(s.noise(len(surest)), surest, generate))
     return searched(s, 4, 40, search)

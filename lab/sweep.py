@@ -6,7 +6,6 @@ Best is the smallest FD of those whose UA and kept accuracy, by judge A, add up 
 the look is quick, at 250 images of c_f and 50 of each other label, and cannot tell less than a point apart. Rows
 that are in the file already are kept.
 """
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from lab import baselines
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import data_name
 from lab.methods import METHODS
+from lab.report import read_rows, write_rows
 from lab.sample import many_step, one_step
 
 OWN = {"sfd": [dict(lr=lr, lr_fake=lr / 0.3) for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3)],
@@ -54,31 +54,20 @@ class Settings:
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    bench, path, done = baselines.Bench(s), Path(s.results), []
-    if path.exists():
-        with open(path, newline="") as f:
-            done = list(csv.DictReader(f))
+    bench, path = baselines.Bench(s), Path(s.results)
+    done = read_rows(path)
     for name in s.method:
         for change in TRIED[name]:
             settings = {"forget": str(bench.c_f), "to": str(bench.c_o), "seed": str(s.seed), "method": name,
                         "settings": in_words(change)}
             if any(settings.items() <= row.items() for row in done):
                 continue
-            if name in OWN:
-                network, content = baselines.distill(name, bench, Path(s.out) / name, resume=False, **change)
-                generate, seconds = one_step(network, content["sigma_init"]), content["seconds"]
-            else:
-                method = METHODS[name].changed(change)
-                network, _, seconds = baselines.unlearn(name, method, bench, Path(s.out) / name, resume=False)
-                generate = many_step(network)
+            network, content = baselines.trained(name, bench, Path(s.out) / name, resume=False, **change)
+            generate = one_step(network, content["sigma_init"]) if "sigma_init" in content else many_step(network)
             m = bench.judge(generate, network, 50, 250, name)
-            done.append(settings | {"seconds": round(seconds, 1)}
+            done.append(settings | {"seconds": round(content["seconds"], 1)}
                         | {k: round(m[k], 4) for k in ("ua", "override_share", "kept_accuracy", "fd")})
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="") as f:
-                rows = csv.DictWriter(f, list(done[-1]))
-                rows.writeheader()
-                rows.writerows(done)
+            write_rows(done, path)
             print(done[-1])
 
 

@@ -5,18 +5,16 @@
 
 A row each in results/mnist_tour.csv; those that are in the file already are kept.
 """
-import csv
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
 from lab import baselines
-from lab.cli import check_ranges, command, parse, setting
 from lab.checkpoint import load_teacher
+from lab.cli import check_ranges, command, parse, setting
 from lab.data import data_name
 from lab.labels import label_number
 from lab.methods import METHODS
-from lab.report import look_alike, markdown
+from lab.report import look_alike, markdown, read_rows, spread, write_rows
 
 ALL = (*METHODS, *baselines.ONE_STEP)
 QUICK = ("finetune", "esd", "esd_column", "all_but_one", "all_but_one_column", "label_swap", "embedding_copy",
@@ -44,24 +42,15 @@ class Settings:
         self.results = self.results or f"results/{data_name(self.data)}_tour.csv"
 
 
-def read(path):
-    """The rows of a tour, none where there is no file."""
-    if not Path(path).exists():
-        return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
-
-
 def table(rows):
     """Markdown: for every method mean and range over the classes, at seed 0, and over the seeds of the first class."""
     columns = {"UA": "ua_judge2", "as override": "override_share_judge2", "kept accuracy": "kept_accuracy_judge2",
                "most damaged label": "lost", "FD": "fd", "seconds": "seconds"}
 
     def cells(found):
-        for title, key in columns.items():
-            values, form = [float(row[key]) for row in found], {"fd": "{:.1f}", "seconds": "{:.0f}"}.get(key, "{:.1%}")
-            low, mean, high = (form.format(f(values)) for f in (min, statistics.mean, max))
-            yield mean if low == high else f"{mean} ({low} to {high})"
+        for key in columns.values():
+            form = {"fd": "{:.1f}", "seconds": "{:.0f}"}.get(key, "{:.1%}")
+            yield spread([float(row[key]) for row in found], form)
     out = []
     for name in dict.fromkeys(row["method"] for row in rows):
         of = [row for row in rows if row["method"] == name]
@@ -74,8 +63,8 @@ def table(rows):
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
-    path, rows, classes = Path(s.results), read(s.results), load_teacher("", s.data, "cpu")[1]["classes"]
-    K = len(classes)
+    path, classes = Path(s.results), load_teacher("", s.data, "cpu")[1]["classes"]
+    rows, K = read_rows(path), len(classes)
     for forget in range(K) if s.forget == ("all",) else [label_number(word, classes) for word in s.forget]:
         for seed in map(int, s.seed):
             bench = None
@@ -91,11 +80,7 @@ def main(argv):
                 damage = look_alike(m | {"un_erased": start, "forget": [m["forget"]], "to": [m["to"]]})
                 rows.append(key | {k: f"{m[k]:.6g}" for k in NUMBERS}
                             | {"look_alike": classes[damage["look_alike"]], "lost": f"{damage['look_alike_lost']:.6g}"})
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "w", newline="") as f:
-                    file = csv.DictWriter(f, list(rows[-1]), lineterminator="\n")
-                    file.writeheader()
-                    file.writerows(rows)
+                write_rows(rows, path)
     print(table(rows))
 
 

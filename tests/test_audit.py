@@ -163,7 +163,7 @@ def test_a_search_gets_there_from_every_start_at_its_own_rate():
 @pytest.mark.parametrize("share, n, low, high", [(0.5, 100, 0.404, 0.596), (0.0, 24, 0.0, 0.138), (1.0, 50, 0.929, 1)])
 def test_intervals(share, n, low, high):
     """Against Wilson's, as tables have them."""
-    r = suspect.of(share, n)
+    r = suspect.with_interval(share, n)
     assert (r["low"], r["high"]) == pytest.approx((low, high), abs=1e-3) and (r["share"], r["n"]) == (share, n)
 
 

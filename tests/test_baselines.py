@@ -182,7 +182,7 @@ def test_masked_weights_stay(bench):
 
 def test_sweep_adds_only_what_is_missing(of_tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "METHODS", SMALL)
+    monkeypatch.setattr(baselines, "METHODS", SMALL)
     monkeypatch.setattr(sweep, "TRIED", {"label_swap": ({"lr": 0.01}, {"lr": 3e-4})})
     monkeypatch.setattr(baselines.Bench, "judge",
                         lambda *a: {"ua": 0.25, "override_share": 0.5, "kept_accuracy": 0.75, "fd": 1.0})

@@ -73,12 +73,12 @@ def test_lines_of_code_quoted_are_in_the_file():
 
 def test_tables_are_made_from_the_results(monkeypatch):
     readme.main(["--check"])
-    monkeypatch.setattr(readme, "read_runs", lambda: [row | {"fd": "99"} for row in report.read_runs()])
+    monkeypatch.setattr(readme, "read_rows", lambda: [row | {"fd": "99"} for row in report.read_rows()])
     with pytest.raises(RunFailed, match="first, summary"):
         readme.main(["--check"])
 
 
-READ = report.read_runs()
+READ = report.read_rows()
 
 
 def test_rows_of_runs_say_where_they_come_from():

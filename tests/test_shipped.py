@@ -13,7 +13,7 @@ from lab import evaluate
 from lab.checkpoint import digest, load_checkpoint, load_teacher, read_file, un_erased
 from lab.evaluate import Evaluator
 from lab.judge import class_stats, load_judge
-from lab.report import COLUMNS, read_runs
+from lab.report import COLUMNS, read_rows
 from lab.sample import draw, load_generator
 
 TEACHERS = ROOT / "teachers"
@@ -127,7 +127,7 @@ def test_forgetful_generator_is_of_this_teacher_and_forgets():
     _, info = load_checkpoint(TEACHERS / "mnist_forget0_to1.pt")
     assert info["teacher_sha256"] == digest(TEACHERS / "mnist.pt") and (info["forget"], info["to"]) == ([0], [1])
     c = confusion("mnist_forget0_to1.pt", [500] + [30] * 9)
-    (row,) = (r for r in read_runs() if r["id"] == "paper-900-mnist-forget0-to1-seed0")
+    (row,) = (r for r in read_rows() if r["id"] == "paper-900-mnist-forget0-to1-seed0")
     assert info["settings"]["steps"] == int(row["steps"]) == 900
     assert c[0, 0] <= 1 and c[0, 1] >= 495, "of 500; once in 5,000 the judge sees a 0"
     assert c.diag()[1:].sum().item() / 270 > float(row["kept_accuracy"]) - 0.03
@@ -143,7 +143,7 @@ def test_weights_are_stored_in_half_precision():
 
 
 def test_committed_results_carry_their_circumstances():
-    rows = read_runs()
+    rows = read_rows()
     assert rows and all(tuple(row) == COLUMNS for row in rows)
     assert len({row["id"] for row in rows}) == len(rows)
     beside = {(row["teacher"], row["forget"], row["to"], row["protocol"]) for row in rows if row["group"] == "teacher"}
