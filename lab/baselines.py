@@ -29,11 +29,15 @@ from lab.report import markdown
 from lab.run import Run, refuse_changed, update_average
 from lab.sample import TEACHER_NFE, draw, load_generator, many_step
 
-ONE_STEP = {  # this project's own, by what differs from the defaults of sfd_minimal.Settings
-    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",), steps=3400),  # their control
+ONE_STEP = {  # this project's own, by what differs from a run of sfd_minimal.py
+    "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",)),  # their control
     "sid": None,  # the generator that comes with the project, which has forgotten nothing
-    "sfd": dict(lr=3e-4, lr_fake=1e-3),
-    "sfd_two_stage": dict(init_from="sid", lr=4e-4, lr_fake=4e-4 / 0.3, forget_share=0.5),
+    "sfd": {},
+    "sfd_two_stage": dict(init_from="sid"),
+}
+TUNED = {  # and from the recipe of a data set: by lab.sweep, or by how near the control has to come
+    ("mnist", "retrain_sid"): dict(steps=3400),
+    ("mnist", "sfd_two_stage"): dict(lr=4e-4, lr_fake=4e-4 / 0.3),
 }
 
 
@@ -105,7 +109,8 @@ def unlearn(name, method, bench, out, resume):
 
 def distill(name, bench, out, resume, **changes):
     """(generator, its file's other entries) of a one-step method, in the folder `out`; `changes` of its settings."""
-    s, changes, folder = bench.s, (ONE_STEP[name] or {}) | changes, Path(bench.s.out)
+    s, folder = bench.s, Path(bench.s.out)
+    changes = (ONE_STEP[name] or {}) | TUNED.get((s.data, name), {}) | changes
     if name == "sid" or changes.get("init_from"):
         found = un_erased(bench.info, bench.device)
         if found is None:

@@ -8,7 +8,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from lab import audit, baselines, label_search, prompt_methods
+from lab import audit, baselines, label_search, prompt_methods, tour
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
 from lab.report import ROOT, markdown, read_rows, spread
@@ -29,7 +29,7 @@ GROUPS = {  # of runs.csv, in words, in the order of the tables
 }
 AT_A_GLANCE = ("default", "two-stage")  # in README.md; results/README.md has all
 FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
-SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd_column", "all_but_one_column", "selective_amnesia", "salun_scattered",
+SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd_column", "all_but_one_column", "selective_amnesia", "salun",
                 "embedding_copy", "sid", "sfd", "sfd_two_stage")
 NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
            "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
@@ -156,7 +156,8 @@ def side_by_side():
 TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
           "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
           "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
-          "every class": every_class, "label search": lambda: label_search.table(read("mnist_label_search")),
+          "every class": every_class, "tour": lambda: tour.table(read_rows(ROOT / "results" / "mnist_tour.csv")),
+          "label search": lambda: label_search.table(read("mnist_label_search")),
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

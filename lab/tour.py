@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import baselines
-from lab.checkpoint import load_teacher
+from lab.checkpoint import load_teacher, un_erased
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import data_name
+from lab.errors import BadInput
 from lab.labels import label_number
 from lab.methods import METHODS
 from lab.report import look_alike, markdown, read_rows, spread, write_rows
+from lab.sample import TEACHER_NFE, many_step, one_step
 
 ALL = (*METHODS, *baselines.ONE_STEP)
 QUICK = ("finetune", "esd", "esd_column", "all_but_one", "all_but_one_column", "label_swap", "embedding_copy",
@@ -42,15 +44,25 @@ class Settings:
         self.results = self.results or f"results/{data_name(self.data)}_tour.csv"
 
 
+def starts(bench):
+    """{evaluations of an image: metrics} of what methods start from, on the same noise as they are judged on."""
+    if (start := un_erased(bench.info, bench.device)) is None:
+        raise BadInput(f"a tour needs a one-step generator of {bench.info['path']} that forgot nothing")
+    _, sid, content = start
+    found = {TEACHER_NFE: (many_step(bench.teacher), bench.teacher), 1: (one_step(sid, content["sigma_init"]), sid)}
+    counts = [bench.s.per_label] * len(bench.info["classes"])
+    return {nfe: bench.evaluator.report(bench.evaluator.measure(*of, counts, "judging a start"), erased=False)
+            for nfe, of in found.items()}
+
+
 def table(rows):
     """Markdown: for every method mean and range over the classes, at seed 0, and over the seeds of the first class."""
     columns = {"UA": "ua_judge2", "as override": "override_share_judge2", "kept accuracy": "kept_accuracy_judge2",
-               "most damaged label": "lost", "FD": "fd", "seconds": "seconds"}
+               "most damaged label": "lost", "FD": "fd"}
 
     def cells(found):
         for key in columns.values():
-            form = {"fd": "{:.1f}", "seconds": "{:.0f}"}.get(key, "{:.1%}")
-            yield spread([float(row[key]) for row in found], form)
+            yield spread([float(row[key]) for row in found], "{:.1f}" if key == "fd" else "{:.1%}")
     out = []
     for name in dict.fromkeys(row["method"] for row in rows):
         of = [row for row in rows if row["method"] == name]
@@ -64,7 +76,7 @@ def table(rows):
 def main(argv):
     s = parse(Settings, argv, __doc__)
     path, classes = Path(s.results), load_teacher("", s.data, "cpu")[1]["classes"]
-    rows, K = read_rows(path), len(classes)
+    rows, start, K = read_rows(path), None, len(classes)
     for forget in range(K) if s.forget == ("all",) else [label_number(word, classes) for word in s.forget]:
         for seed in map(int, s.seed):
             bench = None
@@ -75,9 +87,9 @@ def main(argv):
                 bench = bench or baselines.Bench(baselines.Settings(
                     forget=key["forget"], to=key["to"], data=s.data, data_dir=s.data_dir, per_label=s.per_label,
                     seed=seed, device=s.device, out=f"{s.out}/forget{forget}-seed{seed}", resume=True))
+                start = start or starts(bench)
                 m = baselines.run_method(method, bench)
-                start = bench.evaluator.beside(1000)[0]["un_erased" if m["nfe"] == 1 else "teacher"]
-                damage = look_alike(m | {"un_erased": start, "forget": [m["forget"]], "to": [m["to"]]})
+                damage = look_alike(m | {"un_erased": start[m["nfe"]], "forget": [m["forget"]], "to": [m["to"]]})
                 rows.append(key | {k: f"{m[k]:.6g}" for k in NUMBERS}
                             | {"look_alike": classes[damage["look_alike"]], "lost": f"{damage['look_alike_lost']:.6g}"})
                 write_rows(rows, path)

@@ -123,7 +123,8 @@ def bench(tmp_path_factory, mnist_dir):
         patch.setattr(baselines, "METHODS", SMALL)
         patch.setattr(sample, "TEACHER_STEPS", 6)  # 11 evaluations are enough to see a digit
         for name in ("retrain_sid", "sfd", "sfd_two_stage"):
-            patch.setitem(baselines.ONE_STEP, name, baselines.ONE_STEP[name] | dict(steps=2, batch=8))
+            tuned = baselines.TUNED.get(("mnist", name), {})
+            patch.setitem(baselines.TUNED, ("mnist", name), tuned | dict(steps=2, batch=8))
         patch.setattr(Evaluator, "measure", lambda *a, **kw: judged.append(kw["progress"]) or measure(*a, **kw))
         baselines.main(argv)
         yield folder, argv, list(judged)
@@ -266,8 +267,8 @@ def test_a_tour_goes_round_and_adds_only_what_is_missing(tmp_path, monkeypatch):
         made.append((bench.s.forget, bench.s.to, bench.s.seed, name))
         return of(fell[name]) | dict.fromkeys(tour.NUMBERS, 0.25) | {
             "nfe": 1 if name == "sfd_two_stage" else 35, "forget": int(bench.s.forget), "to": int(bench.s.to)}
-    beside = lambda n: ({"teacher": of(), "un_erased": of(1)}, None)
-    monkeypatch.setattr(baselines, "Bench", lambda s: SimpleNamespace(s=s, evaluator=SimpleNamespace(beside=beside)))
+    monkeypatch.setattr(baselines, "Bench", lambda s: SimpleNamespace(s=s))
+    monkeypatch.setattr(tour, "starts", lambda bench: {35: of(), 1: of(1)})
     monkeypatch.setattr(baselines, "run_method", run_method)
     monkeypatch.chdir(tmp_path)
     argv = ["--method", "esd", "sfd_two_stage", "--results", "t.csv", "--device", "cpu"]
