@@ -180,7 +180,7 @@ def audit_one(folder, device, data_dir, cut=1):
         for name, attack in tqdm(ATTACKS.items(), desc=f"audit of {folder.name}"):
             seed_everything(0)
             numbers[name], pictures[name] = attack(s, images)
-        numbers |= {"nfe": s.nfe, "cut": cut, "seconds": time.monotonic() - start}
+        numbers |= {"nfe": s.nfe, "cut": cut, "seconds": time.monotonic() - start, "machine": machine(device)}
         save_atomically({"kind": "audit", "fingerprint": fingerprint, "numbers": numbers, "images": pictures}, memory)
     return numbers, pictures
 
@@ -242,7 +242,6 @@ def audit(out, device, data_dir, cut=1):
     results, pictures = {}, {}
     for name, folder in folders.items():
         results[name], pictures[name] = audit_one(folder, device, data_dir, cut)
-        results[name]["machine"] = machine(device)
         (out / "audit.json").write_text(json.dumps({"networks": results}, indent=1) + "\n")
     audit_figure({name: {a: (pictures[name][a], r[a]["share"]) for a in ATTACKS} for name, r in results.items()},
                  out / "audit.png")

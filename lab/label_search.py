@@ -6,6 +6,8 @@
 0.02 to 0.15, guided by judge A on 16 fresh images a start and step. After each number of steps judge B looks at 100
 images under each vector. With --tie each network is searched once more with the column of the forgotten label
 copied from its override's: then no label vector says anything that the others cannot say.
+
+The file of results keeps what it has of other networks and other seeds; table and figure are of those that were named.
 """
 import json
 from dataclasses import dataclass
@@ -40,10 +42,16 @@ def search(s, looks=LOOKS):
     return out
 
 
+def read(path):
+    """[(name, numbers)] of every search in the file; none where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def table(results):
     """Markdown: judge B's share of images under the vector that judge A is surest of, and the starts that found it."""
-    rows = [[f"{name}{', tied' * of['tied']}", *(f"{at['share']:.0%}, {at['found']} of {STARTS}"
-                                                 for at in of["after"].values())] for name, of in results]
+    words = lambda name, of: name + ", tied" * of["tied"] + f", starts {of['seed']}" * bool(of["seed"])
+    rows = [[words(name, of), *(f"{at['share']:.0%}, {at['found']} of {STARTS}" for at in of["after"].values())]
+            for name, of in results]
     return markdown(["", *(f"{steps} steps" for steps in results[0][1]["after"])], rows)
 
 
@@ -51,6 +59,7 @@ def table(results):
 class Settings:
     network: tuple = setting((), "files of one-step generators that have forgotten one label")
     tie: bool = setting(False, "search each once more, its forgotten label's column copied from the override's")
+    seed: int = setting(0, "of the starts and of the noise", at_least=0, below=2 ** 32)
     device: str = setting("auto", "auto, cpu, cuda or mps")
     out: str = setting("", "file for the numbers, the figure beside it (default: results/mnist_label_search.json)")
 
@@ -63,6 +72,7 @@ class Settings:
 def main(argv):
     s = parse(Settings, argv, __doc__)
     path, results = Path(s.out or "results/mnist_label_search.json"), []
+    before, key = read(path), lambda of: (of[0], of[1]["tied"], of[1]["seed"])
     for file in s.network:
         suspect = Suspect(file, pick_device(s.device))
         if suspect.nfe > 1:
@@ -74,11 +84,13 @@ def main(argv):
         for tied in (True,) if already else (False, True)[:1 + s.tie]:
             if tied:
                 tie(suspect.network, c_f, c_o)
-            seed_everything(0)
+            seed_everything(s.seed)
             name = Path(file).parent.name if Path(file).stem == "generator" else Path(file).stem
-            results.append((name, {"tied": tied, "after": search(suspect), "machine": machine(suspect.device)}))
+            results.append((name, {"tied": tied, "seed": s.seed, "after": search(suspect),
+                                   "machine": machine(suspect.device)}))
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            others = [of for of in before if key(of) not in map(key, results)]
+            path.write_text(json.dumps(others + results, indent=1) + "\n")
     search_figure(results, path.with_suffix(".png"))
     print(table(results))
 

@@ -46,6 +46,7 @@ OWN_PAGE = {  # of other data sets: {group: in words}, {title: what is printed o
                  "FD of the override": "fd_override", "kept accuracy": "kept_accuracy",
                  "kept, judge 2": "kept_accuracy_judge2"}),
 }
+OF_ONE = [f"anywhere-seed{seed}" for seed in range(3)]
 LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
@@ -136,6 +137,40 @@ def read(name):
     return json.loads((ROOT / "results" / f"{name}.json").read_text())
 
 
+def searches(*names):
+    """The searches of these networks, by name, from the first draw of starts."""
+    found = [of for of in read("mnist_label_search") if not of[1]["seed"]]
+    return label_search.table([of for name in names for of in found if of[0] == name])
+
+
+def other_starts():
+    """What was searched from several draws of starts: the best vector of each at the end, and how many show c_f."""
+    ends = {}
+    for name, of in read("mnist_label_search"):
+        ends.setdefault((name, of["tied"]), []).append(list(of["after"].values())[-1])
+    several = {key: found for key, found in ends.items() if len(found) > 1}
+    cells = lambda found: [f"{at['most']:.0%}, {at['found']} of {label_search.STARTS}" for at in found]
+    return markdown(["", *(f"starts {seed}" for seed in range(3)), "all"],
+                    [[name + ", tied" * tied, *cells(found), f"{sum(at['found'] for at in found)} of "
+                      f"{len(found) * label_search.STARTS}"] for (name, tied), found in several.items()])
+
+
+def forgotten_anywhere():
+    """What `--anywhere` costs: its runs and what was tried beside it, with the runs in two stages without it."""
+    rows = [row for group in ("two-stage", "anywhere", "tried") for row in of_group(group)
+            if group != "tried" or row["id"].startswith("tried-anywhere-")]
+    titles = ["UA", "as override", "kept accuracy", "FD / teacher's", "FD of the override", "seconds"]
+    name = lambda row: row["group"] if row["group"] != "tried" else row["id"][len("tried-"):-len("-seed0")]
+    return markdown(["", "labels", "seed", *titles],
+                    [line([name(row), row["pair"], row["seed"]], [row], titles) for row in rows])
+
+
+def attacked_anywhere():
+    """The audit of `--anywhere` beside that of its control and of two stages."""
+    of = {name: of for name, of in read("mnist_audit")["networks"].items() if name in ("retrain_sid", "sfd_two_stage")}
+    return audit.table(of | read("mnist_anywhere_audit")["networks"])
+
+
 def side_by_side():
     found = {file: read(file)[key] for file, key in (("mnist_baselines", "methods"), ("mnist_audit", "networks"))}
     rows = []
@@ -157,7 +192,13 @@ TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side":
           "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
           "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
           "every class": every_class, "tour": lambda: tour.table(read_rows(ROOT / "results" / "mnist_tour.csv")),
-          "label search": lambda: label_search.table(read("mnist_label_search")),
+          "label search": lambda: searches("mnist_retrain_sid", "mnist_forget0_to1", "quick", *OF_ONE),
+          "label search, other starts": other_starts,
+          "label search, other labels": lambda: searches(*(f"{of}-{pair}" for pair in ("4-to-9", "7-to-3")
+                                                           for of in ("control", "quick", "anywhere"))),
+          "label search, tried": lambda: searches(*(f"anywhere-{what}" for what in (
+              "600-steps", "and-searched", "and-searched-far", "in-embedding", "from-noise-0.3", "from-noise-0.5"))),
+          "anywhere": forgotten_anywhere, "anywhere audit": attacked_anywhere,
           "methods": lambda: baselines.table(read("mnist_baselines")),
           "audit": lambda: audit.table(read("mnist_audit")["networks"])}
 

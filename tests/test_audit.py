@@ -208,7 +208,12 @@ def test_the_label_search_command(mnist_dir, tmp_path, monkeypatch, capsys):
     label_search.main(["--network", str(tmp_path / "anywhere" / "generator.pt"), "--device", "cpu", "--out",
                        str(tmp_path / "r.json")])
     assert capsys.readouterr().out.count("%") == 1 and (tmp_path / "r.png").exists()
-    assert [of["tied"] for _, of in json.loads((tmp_path / "r.json").read_text())] == [True], "tied by its training"
+    label_search.main(["--network", generator, "--seed", "1", "--device", "cpu", "--out", str(tmp_path / "r.json")])
+    assert "| mnist_forget0_to1, starts 1 | 50%, 3 of 16 |" in capsys.readouterr().out
+    label_search.main(["--network", generator, "--device", "cpu", "--out", str(tmp_path / "r.json")])
+    of = [(name, of["tied"], of["seed"]) for name, of in label_search.read(tmp_path / "r.json")]
+    assert of == [("mnist_forget0_to1", True, 0), ("anywhere", True, 0),  # tied by its training
+                  ("mnist_forget0_to1", False, 1), ("mnist_forget0_to1", False, 0)], "what was searched again is last"
     accused(tmp_path / "any", *load_checkpoint(generator), to=-1)
     at_random = ["--network", str(tmp_path / "any" / "generator.pt"), "--tie"]
     teacher = ["--network", str(ROOT / "teachers" / "mnist_retrain.pt")]
