@@ -58,7 +58,7 @@ def starts(bench):
 def table(rows):
     """Markdown: for every method mean and range over the classes, at seed 0, and over the seeds of the first class."""
     columns = {"UA": "ua_judge2", "as override": "override_share_judge2", "kept accuracy": "kept_accuracy_judge2",
-               "most damaged label": "lost", "FD": "fd"}
+               "most damaged": "lost", "FD": "fd"}
 
     def cells(found):
         for key in columns.values():
