@@ -258,6 +258,17 @@ def test_salun_relabels_as_its_code_does_or_at_random(world):
         assert isinstance(relabelled[0], int) is not w.scattered
 
 
+def test_a_tour_starts_from_the_teacher_and_what_forgot_nothing(monkeypatch):
+    monkeypatch.setattr(sample, "TEACHER_STEPS", 6)
+    bench = baselines.Bench(baselines.Settings(per_label=3, device="cpu"))
+    start = tour.starts(bench)
+    assert list(start) == [35, 1] and all(m["n"] == 30 and m["kept_accuracy"] > 0.9 for m in start.values())
+    assert start[35]["fd"] != start[1]["fd"]
+    monkeypatch.setattr(tour, "un_erased", lambda info, device: None)
+    with pytest.raises(BadInput, match="needs a one-step generator"):
+        tour.starts(bench)
+
+
 def test_a_tour_goes_round_and_adds_only_what_is_missing(tmp_path, monkeypatch):
     """Each class is overridden by the next, and held against the network that it started from."""
     made, fell = [], {"esd": 7, "sfd_two_stage": 2}
