@@ -31,7 +31,7 @@ from lab.sample import TEACHER_NFE, draw, load_generator, many_step
 
 ONE_STEP = {  # this project's own, by what differs from a run of sfd_minimal.py
     "retrain_sid": dict(teacher="retrain", forget=("none",), to=("random",)),  # their control
-    "sid": None,  # the generator that comes with the project, which has forgotten nothing
+    "sid": {},  # the generator that comes with the project, which has forgotten nothing
     "sfd": {},
     "sfd_two_stage": dict(init_from="sid"),
 }
@@ -110,13 +110,9 @@ def unlearn(name, method, bench, out, resume):
 def distill(name, bench, out, resume, **changes):
     """(generator, its file's other entries) of a one-step method, in the folder `out`; `changes` of its settings."""
     s, folder = bench.s, Path(bench.s.out)
-    changes = (ONE_STEP[name] or {}) | TUNED.get((s.data, name), {}) | changes
+    changes = ONE_STEP[name] | TUNED.get((s.data, name), {}) | changes
     if name == "sid" or changes.get("init_from"):
-        found = un_erased(bench.info, bench.device)
-        if found is None:
-            raise BadInput(f"{name} needs a one-step generator of {bench.info['path']} that forgot nothing, "
-                           "which is not there")
-        path, generator, content = found
+        path, generator, content = bench.un_erased(name)
         if name == "sid":
             return generator, content
         changes["init_from"] = os.path.relpath(path)  # what is recorded should not name the machine's folders
@@ -164,6 +160,14 @@ class Bench:
         if self._data is None:
             self._data = load_images(self.s.data, self.s.data_dir, self.info.get("size"), train=True)[:2]
         return self._data
+
+    def un_erased(self, what):
+        """`checkpoint.un_erased` of the teacher, which `what` needs; BadInput where there is none."""
+        found = un_erased(self.info, self.device)
+        if found is None:
+            raise BadInput(f"{what} needs a one-step generator of {self.info['path']} that forgot nothing, "
+                           "which is not there")
+        return found
 
     def judge(self, generate, network, per_label, forgotten, what, erased=True, control=None):
         """The report on a network, with its distance to what the control in the file `control` draws."""

@@ -147,12 +147,12 @@ def other_starts():
     """What was searched from several draws of starts: the best vector of each at the end, and how many show c_f."""
     ends = {}
     for name, of in read("mnist_label_search"):
-        ends.setdefault((name, of["tied"]), []).append(list(of["after"].values())[-1])
-    several = {key: found for key, found in ends.items() if len(found) > 1}
-    cells = lambda found: [f"{at['most']:.0%}, {at['found']} of {label_search.STARTS}" for at in found]
-    return markdown(["", *(f"starts {seed}" for seed in range(3)), "all"],
-                    [[name + ", tied" * tied, *cells(found), f"{sum(at['found'] for at in found)} of "
-                      f"{len(found) * label_search.STARTS}"] for (name, tied), found in several.items()])
+        ends.setdefault(name + ", tied" * of["tied"], []).append(list(of["after"].values())[-1])
+    starts = label_search.STARTS
+    rows = [[name, *(f"{at['most']:.0%}, {at['found']} of {starts}" for at in found),
+             f"{sum(at['found'] for at in found)} of {len(found) * starts}"]
+            for name, found in ends.items() if len(found) > 1]
+    return markdown(["", *(f"starts {seed}" for seed in range(3)), "all"], rows)
 
 
 def forgotten_anywhere():

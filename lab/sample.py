@@ -39,13 +39,17 @@ def many_step(teacher):
     return lambda z, c: heun(teacher, z, c, TEACHER_STEPS)
 
 
+def chain(network, sigma_init=None):
+    """generate(z, c) -> images, as the network draws: in one evaluation at sigma_init, where it has one."""
+    return many_step(network) if sigma_init is None else one_step(network, sigma_init)
+
+
 def load_generator(path, device):
     """(generate(z, c) -> images, network, its file's other entries and "nfe", the evaluations per image) of a
     one-step generator's file, or of a teacher's."""
     network, info = load_checkpoint(path, device)
-    if "sigma_init" in info:
-        return one_step(network, info["sigma_init"]), network, info | {"nfe": 1}
-    return many_step(network), network, info | {"nfe": TEACHER_NFE}
+    sigma_init = info.get("sigma_init")
+    return chain(network, sigma_init), network, info | {"nfe": TEACHER_NFE if sigma_init is None else 1}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from lab.errors import BadInput
 from lab.evaluate import Evaluator
 from lab.label_space import mixes
 from lab.labels import labels_only
-from lab.sample import load_generator, many_step, one_step
+from lab.sample import chain, load_generator
 
 
 class Suspect:
@@ -35,7 +35,7 @@ class Suspect:
 
     def chain(self, network):
         """generate(z, c) of another network, as this suspect draws."""
-        return one_step(network, self.sigma_init) if self.nfe == 1 else many_step(network)
+        return chain(network, self.sigma_init)
 
     def effort(self, n):
         return max(2, n // self.cut)

@@ -14,7 +14,7 @@ from lab.cli import check_ranges, command, parse, setting
 from lab.data import data_name
 from lab.methods import METHODS
 from lab.report import read_rows, write_rows
-from lab.sample import many_step, one_step
+from lab.sample import chain
 
 OWN = {"sfd": [dict(lr=lr, lr_fake=lr / 0.3) for lr in (1.5e-4, 3e-4, 6e-4, 1.2e-3)],
        "sfd_two_stage": [dict(lr=lr, lr_fake=lr / 0.3, forget_share=share)
@@ -63,8 +63,7 @@ def main(argv):
             if any(settings.items() <= row.items() for row in done):
                 continue
             network, content = baselines.trained(name, bench, Path(s.out) / name, resume=False, **change)
-            generate = one_step(network, content["sigma_init"]) if "sigma_init" in content else many_step(network)
-            m = bench.judge(generate, network, 50, 250, name)
+            m = bench.judge(chain(network, content.get("sigma_init")), network, 50, 250, name)
             done.append(settings | {"seconds": round(content["seconds"], 1)}
                         | {k: round(m[k], 4) for k in ("ua", "override_share", "kept_accuracy", "fd")})
             write_rows(done, path)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lab import baselines
-from lab.checkpoint import load_teacher, un_erased
+from lab.checkpoint import load_teacher
 from lab.cli import check_ranges, command, parse, setting
 from lab.data import data_name
-from lab.errors import BadInput
 from lab.labels import label_number
 from lab.methods import METHODS
 from lab.report import look_alike, markdown, read_rows, spread, write_rows
-from lab.sample import TEACHER_NFE, many_step, one_step
+from lab.sample import TEACHER_NFE, chain
 
 ALL = (*METHODS, *baselines.ONE_STEP)
 QUICK = ("finetune", "esd", "esd_column", "all_but_one", "all_but_one_column", "label_swap", "embedding_copy",
@@ -46,13 +45,11 @@ class Settings:
 
 def starts(bench):
     """{evaluations of an image: metrics} of what methods start from, on the same noise as they are judged on."""
-    if (start := un_erased(bench.info, bench.device)) is None:
-        raise BadInput(f"a tour needs a one-step generator of {bench.info['path']} that forgot nothing")
-    _, sid, content = start
-    found = {TEACHER_NFE: (many_step(bench.teacher), bench.teacher), 1: (one_step(sid, content["sigma_init"]), sid)}
-    counts = [bench.s.per_label] * len(bench.info["classes"])
-    return {nfe: bench.evaluator.report(bench.evaluator.measure(*of, counts, "judging a start"), erased=False)
-            for nfe, of in found.items()}
+    _, sid, content = bench.un_erased("a tour")
+    counts = [bench.s.per_label] * 2
+    judged = lambda network, sigma_init=None: bench.judge(chain(network, sigma_init), network, *counts, "a start",
+                                                          erased=False)
+    return {TEACHER_NFE: judged(bench.teacher), 1: judged(sid, content["sigma_init"])}
 
 
 def table(rows):

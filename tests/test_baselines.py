@@ -264,7 +264,7 @@ def test_a_tour_starts_from_the_teacher_and_what_forgot_nothing(monkeypatch):
     start = tour.starts(bench)
     assert list(start) == [35, 1] and all(m["n"] == 30 and m["kept_accuracy"] > 0.9 for m in start.values())
     assert start[35]["fd"] != start[1]["fd"]
-    monkeypatch.setattr(tour, "un_erased", lambda info, device: None)
+    monkeypatch.setattr(baselines, "un_erased", lambda info, device: None)
     with pytest.raises(BadInput, match="needs a one-step generator"):
         tour.starts(bench)
 
