@@ -141,3 +141,18 @@ def search_figure(results, path):
     ax.set(xlabel="steps of the search", ylabel="% forgotten images, best of all vectors", ylim=(-2, 102))
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     save(fig, path)
+
+
+def trade_figure(points, control, path):
+    """{network: (FD, share found)}: a point each, joined where no other beats them in both, and the control's share."""
+    fig, ((ax,),) = subplots(1, 1, (7.5, 3.6))
+    best = sorted(p for p in points.values()
+                  if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points.values()))
+    ax.plot([fd for fd, _ in best], [100 * share for _, share in best], color="gray", lw=1)
+    ax.axhline(100 * control, color="gray", ls="--", lw=1, label="the control")
+    for name, (fd, share) in points.items():
+        ax.plot(fd, 100 * share, "o", label=name)
+    ax.set(xlabel="FD / teacher's", ylabel="% of starts that find what is forgotten")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    save(fig, path)
