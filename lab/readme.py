@@ -1,16 +1,18 @@
-"""The tables of README.md and results/README.md, from results/: fills every block between `<!-- table: NAME -->` and
-`<!-- end -->`.
+"""The tables of README.md and of the pages in results/, from the files there: fills every block between
+`<!-- table: NAME -->` and `<!-- end -->`, and draws results/mnist_anywhere.png.
 
     python -m lab.readme
     python -m lab.readme --check    # writes nothing; exit code 1 where a table is not what results/ says
 """
 import json
 import re
+import statistics
 from dataclasses import dataclass
 
 from lab import audit, baselines, label_search, prompt_methods, tour
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
+from lab.figures import trade_figure
 from lab.report import ROOT, markdown, read_rows, spread
 
 FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md",
@@ -41,7 +43,7 @@ OWN_PAGE = {  # of other data sets: {group: in words}, {title: what is printed o
                  "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
                  "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
                  "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}),
-    "cifar10": ({"cifar10 two-stage": "`--init-from`"},
+    "cifar10": ({"cifar10 two-stage": "`--init-from`", "cifar10 one stage": "from the teacher"},
                 {"UA": "ua", "UA, judge 2": "ua_judge2", "as override": "override_share",
                  "FD of the override": "fd_override", "kept accuracy": "kept_accuracy",
                  "kept, judge 2": "kept_accuracy_judge2"}),
@@ -143,26 +145,55 @@ def searches(*names):
     return label_search.table([of for name in names for of in found if of[0] == name])
 
 
+def ends():
+    """{network, tied or not: what its searches had found at their end, one for each draw of starts}"""
+    found = {}
+    for name, of in read("mnist_label_search"):
+        found.setdefault(name + ", tied" * of["tied"], []).append(list(of["after"].values())[-1])
+    return found
+
+
+def share_found(searches):
+    """The share of all starts of these searches that end where more than half of the images show c_f."""
+    return statistics.mean(at["found"] for at in searches) / label_search.STARTS
+
+
 def other_starts():
     """What was searched from several draws of starts: the best vector of each at the end, and how many show c_f."""
-    ends = {}
-    for name, of in read("mnist_label_search"):
-        ends.setdefault(name + ", tied" * of["tied"], []).append(list(of["after"].values())[-1])
     starts = label_search.STARTS
     rows = [[name, *(f"{at['most']:.0%}, {at['found']} of {starts}" for at in found),
              f"{sum(at['found'] for at in found)} of {len(found) * starts}"]
-            for name, found in ends.items() if len(found) > 1]
+            for name, found in ends().items() if len(found) > 1]
     return markdown(["", *(f"starts {seed}" for seed in range(3)), "all"], rows)
 
 
-def forgotten_anywhere():
-    """What `--anywhere` costs: its runs and what was tried beside it, with the runs in two stages without it."""
-    rows = [row for group in ("two-stage", "anywhere", "tried") for row in of_group(group)
+def anywhere_rows():
+    """The runs of `--anywhere` and what was tried beside it, with the runs in two stages without it."""
+    return [row for group in ("two-stage", "anywhere", "tried") for row in of_group(group)
             if group != "tried" or row["id"].startswith("tried-anywhere-")]
+
+
+def called(row):
+    """What a row of `anywhere_rows` is called: its group, or what was tried."""
+    return row["group"] if row["group"] != "tried" else row["id"][len("tried-"):-len("-seed0")]
+
+
+def forgotten_anywhere():
+    """What `--anywhere` costs."""
     titles = ["UA", "as override", "kept accuracy", "FD / teacher's", "FD of the override", "seconds"]
-    name = lambda row: row["group"] if row["group"] != "tried" else row["id"][len("tried-"):-len("-seed0")]
     return markdown(["", "labels", "seed", *titles],
-                    [line([name(row), row["pair"], row["seed"]], [row], titles) for row in rows])
+                    [line([called(row), row["pair"], row["seed"]], [row], titles) for row in anywhere_rows()])
+
+
+def traded():
+    """{network: (FD / teacher's, share of starts that end at a 0)}: forgetting 0 anywhere, and without it."""
+    found, points = ends(), {}
+    for row in (row for row in anywhere_rows() if row["pair"] == "0 to 1"):
+        name = called(row) + f"-seed{row['seed']}" * (row["group"] != "tried")
+        name = {"two-stage-seed0": "quick"}.get(name, name)
+        if name + ", tied" in found:  # two stages were searched on their first seed alone
+            points[name] = row["ratio"], share_found(found[name + ", tied"])
+    return points
 
 
 def attacked_anywhere():
@@ -200,7 +231,9 @@ TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side":
               "600-steps", "and-searched", "and-searched-far", "in-embedding", "from-noise-0.3", "from-noise-0.5"))),
           "anywhere": forgotten_anywhere, "anywhere audit": attacked_anywhere,
           "methods": lambda: baselines.table(read("mnist_baselines")),
-          "audit": lambda: audit.table(read("mnist_audit")["networks"])}
+          "audit": lambda: audit.table(read("mnist_audit")["networks"]),
+          "cifar10 methods": lambda: baselines.table(read("cifar10_baselines")),
+          "cifar10 audit": lambda: audit.table(read("cifar10_audit")["networks"])}
 
 
 @dataclass
@@ -223,8 +256,10 @@ def main(argv):
                                  flags=re.S) for file in FILES}
     if s.check and differ:
         raise RunFailed(f"not what results/ says: {', '.join(differ)}; python -m lab.readme makes them again")
-    for path, page in pages.items() if not s.check else ():
-        path.write_text(page)
+    if not s.check:
+        for path, page in pages.items():
+            path.write_text(page)
+        trade_figure(traded(), share_found(ends()["mnist_retrain_sid"]), ROOT / "results" / "mnist_anywhere.png")
     print(f"tables made again: {', '.join(differ) or 'none, all are what results/ says'}")
 
 

@@ -152,7 +152,11 @@ def test_bench_writes_table_and_figure(bench):
     two = rows["sfd_two_stage"]["settings"]
     assert two["init_from"].endswith("teachers/mnist_sid.pt") and two["forget_share"] == 0.5
     assert rows["retrain_sid"]["settings"]["teacher"] == "out/retrain/generator.pt"
-    assert baselines.table(results).count("\n") == 2 + len(CHOSEN)
+    table = baselines.table(results)
+    assert table.count("\n") == 2 + len(CHOSEN) and "FD to the control: c_f" in table
+    for m in rows.values():
+        del m["fd_control"], m["fd_control_kept"]
+    assert "control:" not in baselines.table(results)
 
 
 def test_bench_resumes_what_is_finished(bench, monkeypatch):

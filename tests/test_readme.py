@@ -12,6 +12,7 @@ import sfd_minimal
 from conftest import ROOT
 from lab import baselines, cli, methods, readme, report, sweep
 from lab.errors import RunFailed
+from lab.figures import trade_figure
 
 README = (ROOT / "README.md").read_text()
 ALL = [ROOT / name for name in ("README.md", "results/README.md", "results/prompts.md", "teachers/README.md")]
@@ -111,17 +112,55 @@ def test_what_is_said_of_cifar10_is_its_rows():
     assert (f"takes {float(run['seconds']):.0f} s: UA {share(run, 'ua', 1)} %, an automobile in "
             f"{share(run, 'override_share', 1)} %, kept accuracy {share(run, 'kept_accuracy', 1)} % from "
             f"{share(start, 'kept_accuracy', 1)} %" in " ".join(README.split()))
+    one = rows["cifar10-one-stage-cifar10-forgetairplane-toautomobile-seed0"]
+    assert f"one stage, {float(one['seconds']) / 60:.0f} min, {share(one, 'kept_accuracy', 1)} %" in README
     page = " ".join((ROOT / "results" / "cifar10.md").read_text().split())
+    assert f"{share(one, 'override_share')} % automobiles" in page
+    assert f"FD {float(one['fd']) / float(one['teacher_fd']):.2f} times the teacher's" in page
     for id, said in {"tried-cifar10-unguided-seed0": "a UA of {} % and an override of {} %",
                      "tried-cifar10-forgetairplane-toautomobile-seed0": "twice these rates ({} and {} %)",
                      "tried-cifar10-guided-100-steps-seed0": "133 s, give {} and {} %"}.items():
         assert said.format(share(rows[id], "ua"), share(rows[id], "override_share")) in page, id
     cats = rows["cifar10-two-stage-cifar10-forgetcat-todog-seed0"]
     assert f"{100 - 100 * float(cats['ua']):.1f} % of what is drawn under *cat*" in page
-    today = sfd_minimal.Settings(data="cifar10", init_from="teachers/cifar10_sid.pt")
-    for row in (row for row in READ if row["group"] == "cifar10 two-stage"):
-        assert all(row[k] == report.as_text(getattr(today, k))
-                   for k in ("steps", "batch", "lr", "lr_fake", "lambda_anchor", "forget_share", "guidance")), row["id"]
+    for group, said in {"cifar10 two-stage": {"init_from": "teachers/cifar10_sid.pt"}, "cifar10 one stage": {}}.items():
+        today = sfd_minimal.Settings(data="cifar10", **said)
+        for row in (row for row in READ if row["group"] == group):
+            for k in ("steps", "batch", "lr", "lr_fake", "lambda_anchor", "forget_share", "guidance"):
+                assert row[k] == report.as_text(getattr(today, k)), (row["id"], k)
+
+
+def test_what_is_said_of_the_methods_on_cifar10_is_measured():
+    page = " ".join((ROOT / "results" / "cifar10.md").read_text().split())
+    results, audited = readme.read("cifar10_baselines"), readme.read("cifar10_audit")["networks"]
+    teacher, of = results["teacher"], results["methods"]
+    drawn = lambda name: f"{100 * of[name]['override_share_judge2']:.1f}"
+    kept = lambda name: f"{100 * of[name]['kept_accuracy_judge2']:.1f}"
+    taken = lambda name: f"{100 * (teacher['kept_accuracy_judge2'] - of[name]['kept_accuracy_judge2']):.1f}"
+    searches = lambda name: [audited[name][f"{what} search"] for what in ("label", "embedding")]
+    found = lambda these: " and ".join(f"{100 * one['share']:.0f}" for one in these)
+    few = lambda name: found(one["same starts"] for one in searches(name))
+    for said in (f"an automobile in {drawn('embedding_copy')} %",
+                 f"at {drawn('all_but_one')} and {drawn('salun')} %, "
+                 f"for {taken('all_but_one')} and {taken('salun')} points",
+                 f"two stages draws {drawn('sfd_two_stage')} %, by its guidance, and keeps the {kept('sid')} %",
+                 f"in one stage it is {drawn('sfd')} and {kept('sfd')} %",
+                 f"takes {taken('esd')} points along", f"{found(searches('sid'))} % of what `sid` draws",
+                 f"in {found(searches('sfd'))} % of `sfd`'s", f"in {found(searches('sfd_two_stage'))} % of",
+                 f"has, {few('sfd')} %, and {few('sfd_two_stage')} %)",
+                 f"in {found(searches('embedding_copy'))} % of `embedding_copy`'s"):
+        assert said in page, said
+    assert drawn("label_swap") == drawn("all_but_one_column") == "50.0" and kept("sid") == kept("sfd_two_stage")
+    assert all(one["latent search"]["share"] == 1 and one["relearning"]["limit"] == 20 for one in audited.values())
+
+
+def test_what_forgetting_anywhere_trades(tmp_path):
+    points, page = readme.traded(), (ROOT / "results" / "label_search.md").read_text()
+    assert len(points) == 10 and min(points, key=lambda name: points[name][0]) == "quick"
+    for name in ("quick", "anywhere-seed0", "anywhere-and-searched"):
+        assert re.search(rf"\| {name}, tied .*\| {48 * points[name][1]:.0f} of 48 ", page), name
+    trade_figure(points, readme.share_found(readme.ends()["mnist_retrain_sid"]), tmp_path / "trade.png")
+    assert (tmp_path / "trade.png").exists()
 
 
 def test_what_is_said_of_prompts_is_its_row():
