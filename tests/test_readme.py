@@ -15,7 +15,7 @@ from lab.errors import RunFailed
 from lab.figures import trade_figure
 
 README = (ROOT / "README.md").read_text()
-ALL = [ROOT / name for name in ("README.md", "results/README.md", "results/prompts.md", "teachers/README.md")]
+ALL = [ROOT / name for name in (*readme.FILES, "teachers/README.md")]
 TEXT = "\n".join(path.read_text() for path in ALL).replace("\\\n", " ")  # a command may go on in the next line
 COMMANDS = [line.split("#")[0].strip() for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
             for line in block.splitlines() if line.strip()] + re.findall(r"`(python [^`]+)`", TEXT)
