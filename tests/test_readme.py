@@ -124,11 +124,13 @@ def test_what_is_said_of_cifar10_is_its_rows():
         assert said.format(share(rows[id], "ua"), share(rows[id], "override_share")) in page, id
     cats = rows["cifar10-two-stage-cifar10-forgetcat-todog-seed0"]
     assert f"{100 - 100 * float(cats['ua']):.1f} % of what is drawn under *cat*" in page
-    most = rows["tried-cifar10-cat-guided-8-seed0"]
+    most = rows["cifar10-guided-cifar10-forgetcat-todog-seed0"]
     assert (f"at a UA of {share(most, 'ua')} % (judge 2: {share(most, 'ua_judge2')}) and an override of "
             f"{share(most, 'override_share')} %, {share(most, 'kept_accuracy')} % and "
             f"{float(most['fd']) / float(most['teacher_fd']):.2f}" in page)
-    for group, said in {"cifar10 two-stage": {"init_from": "teachers/cifar10_sid.pt"}, "cifar10 one stage": {}}.items():
+    start = {"init_from": "teachers/cifar10_sid.pt"}
+    for group, said in {"cifar10 two-stage": start, "cifar10 guided": start | {"guidance": 8.0},
+                        "cifar10 one stage": {}}.items():
         today = sfd_minimal.Settings(data="cifar10", **said)
         for row in (row for row in READ if row["group"] == group):
             for k in ("steps", "batch", "lr", "lr_fake", "lambda_anchor", "forget_share", "guidance"):
