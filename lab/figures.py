@@ -143,13 +143,13 @@ def search_figure(results, path):
     save(fig, path)
 
 
-def trade_figure(points, control, path):
-    """{network: (FD, share found)}: a point each, joined where no other beats them in both, and the control's share."""
+def trade_figure(points, controls, path):
+    """{network: (FD, share found)}: a point each, joined where no other beats them in both; the share in controls."""
     fig, ((ax,),) = subplots(1, 1, (7.5, 3.6))
     best = sorted(p for p in points.values()
                   if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points.values()))
     ax.plot([fd for fd, _ in best], [100 * share for _, share in best], color="gray", lw=1)
-    ax.axhline(100 * control, color="gray", ls="--", lw=1, label="the control")
+    ax.axhline(100 * controls, color="gray", ls="--", lw=1, label="mean of the controls")
     for name, (fd, share) in points.items():
         ax.plot(fd, 100 * share, "o", label=name)
     ax.set(xlabel="FD / teacher's", ylabel="% of starts that find what is forgotten")

@@ -10,7 +10,7 @@ import pytest
 
 import sfd_minimal
 from conftest import ROOT
-from lab import baselines, cli, methods, readme, report, sweep
+from lab import audit, baselines, cli, methods, readme, report, sweep
 from lab.errors import RunFailed
 from lab.figures import trade_figure
 
@@ -166,8 +166,27 @@ def test_what_forgetting_anywhere_trades(tmp_path):
     assert len(points) == 10 and min(points, key=lambda name: points[name][0]) == "quick"
     for name in ("quick", "anywhere-seed0", "anywhere-and-searched"):
         assert re.search(rf"\| {name}, tied .*\| {48 * points[name][1]:.0f} of 48 ", page), name
-    trade_figure(points, readme.share_found(readme.ends()["mnist_retrain_sid"]), tmp_path / "trade.png")
+    trade_figure(points, readme.found_in_controls(), tmp_path / "trade.png")
     assert (tmp_path / "trade.png").exists()
+
+
+def test_what_is_said_of_the_label_search_is_measured():
+    page, ends = " ".join((ROOT / "results" / "label_search.md").read_text().split()), readme.ends()
+    audited = readme.read("mnist_audit")["networks"] | readme.read("mnist_anywhere_audit")["networks"]
+    anywhere, tied_controls = ([f"{name}, tied" for name in names] for names in (readme.OF_ONE, readme.CONTROLS))
+    three = lambda numbers: "{:.0f}, {:.0f} and {:.0f}".format(*numbers)
+    left = lambda names: three(sum(at["found"] for at in ends[name]) for name in names)
+    most = lambda names: three(100 * max(at["most"] for at in ends[name]) for name in names)
+    found = lambda search: three(100 * audited[name.removeprefix("mnist_")][f"{search} search"]["share"]
+                                 for name in readme.CONTROLS)
+    for said in (f"{left(readme.CONTROLS)} of 48 starts end at a 0", f"label finds one in {found('label')} %",
+                 f"leaves {left(anywhere)} of 48 starts", f"three draws in {most(anywhere)} %",
+                 f"the controls' in {most(readme.CONTROLS)} and, tied, in {most(tied_controls)}",
+                 f"in the controls in {found('embedding')} %"):
+        assert said in page, said
+    strongest = (100 * max(audited[f"retrain_sid-seed{seed}"][search]["share"] for search in audit.SEARCHES)
+                 for seed in (1, 2))
+    assert "`retrain_sid` of other seeds: {:.0f}, {:.0f} %".format(*strongest) in " ".join(README.split())
 
 
 def test_what_is_said_of_prompts_is_its_row():
