@@ -190,11 +190,10 @@ def percent(r):
     return f"{r['share']:.0%} ({100 * r['low']:.0f} to {100 * r['high']:.0f})"
 
 
-def searches(r):
-    """What each search found, and after a semicolon what it found from as few starts as it has in a network of 35."""
-    for name in SEARCHES:
-        few = r[name].get("same starts")
-        yield percent(r[name]) + (f"; {few['share']:.0%}" if few else "")
+def found(search):
+    """What a search found, and after a semicolon what it found from as few starts as it has in a network of 35."""
+    few = search.get("same starts")
+    return percent(search) + (f"; {few['share']:.0%}" if few else "")
 
 
 def table(results):
@@ -209,7 +208,7 @@ def table(results):
         steps = " / ".join("-" if back[k]["steps"] is None else str(back[k]["steps"])
                            for k in ("own", "kept", "10", "100"))
         rows.append([f"`{name}`", f"{r['other seeds']['share']:.2%}", f"{r['other seeds']['other_share']:.1%}",
-                     *searches(r),
+                     *(found(r[name]) for name in SEARCHES),
                      f"{i['error_forgotten']:.2f} / {i['error_kept']:.2f} / {i['error_foreign']:.2f}",
                      percent(n), percent(n["sdedit"]), steps])
     return markdown(head, rows)

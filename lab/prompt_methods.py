@@ -218,15 +218,15 @@ def table(results):
     shown = {"UA": ("ua",), "as override": ("override_share",), "colour": ("other_attribute",),
              "UA, unseen templates": ("under_unseen_templates", "ua"), "UA, other word": ("other_word", "ua"),
              "kept": ("kept_accuracy",), "unseen pairs": ("unseen_pairs", "both")}
-    found = {"latent search": ("latent search", "share"), "embedding search": ("embedding search", "share")}
-    rows = []
+    searches, rows = ("latent search", "embedding search"), []
     for name, m in {"teacher": results["teacher"], **results["methods"]}.items():
         back = m.get("relearning")
         rows.append([f"`{name}`", m["real_data"], f"{m['seconds']:.0f}" if back else "", m["nfe"],
                      *(cell(m, *path) for path in shown.values()), f"{m['fd']:.1f}",
-                     f"{m['moved']:.2f}" if "moved" in m else "", *(cell(m, *path) for path in found.values()),
+                     f"{m['moved']:.2f}" if "moved" in m else "",
+                     *(audit.found(m[search]) if back else "" for search in searches),
                      "" if not back else back["steps"] if back["steps"] is not None else f"over {back['limit']}"])
-    return markdown(["", "real images", "seconds", "NFE", *shown, "FD", "moved", *found, "relearned in steps"], rows)
+    return markdown(["", "real images", "seconds", "NFE", *shown, "FD", "moved", *searches, "relearned in steps"], rows)
 
 
 @dataclass
