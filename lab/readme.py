@@ -1,5 +1,5 @@
 """The tables of README.md and of the pages in results/, from the files there: fills every block between
-`<!-- table: NAME -->` and `<!-- end -->`, and draws results/mnist_anywhere.png.
+`<!-- table: NAME -->` and `<!-- end -->`, and draws the two figures of results/label_search.md.
 
     python -m lab.readme
     python -m lab.readme --check    # writes nothing; exit code 1 where a table is not what results/ says
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from lab import audit, baselines, label_search, prompt_methods, tour
 from lab.cli import command, parse, setting
 from lab.errors import RunFailed
-from lab.figures import trade_figure
+from lab.figures import search_figure, trade_figure
 from lab.report import ROOT, markdown, read_rows, spread
 
 FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md",
@@ -51,6 +51,7 @@ OWN_PAGE = {  # of other data sets: {group: in words}, {title: what is printed o
 }
 CONTROLS = ("mnist_retrain_sid", "mnist_retrain_sid-seed1", "mnist_retrain_sid-seed2")
 OF_ONE = [f"anywhere-seed{seed}" for seed in range(3)]
+SEARCHED = (*CONTROLS, "mnist_forget0_to1", "quick", *OF_ONE)  # in the first table of the label search, and its figure
 LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
@@ -142,9 +143,13 @@ def read(name):
 
 
 def searches(*names):
-    """The searches of these networks, by name, from the first draw of starts."""
+    """[(name, numbers)] of these networks, from the first draw of starts."""
     found = [of for of in read("mnist_label_search") if not of[1]["seed"]]
-    return label_search.table([of for name in names for of in found if of[0] == name])
+    return [of for name in names for of in found if of[0] == name]
+
+
+def searched(*names):
+    return label_search.table(searches(*names))
 
 
 def ends():
@@ -232,11 +237,11 @@ TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side":
           "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
           "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
           "every class": every_class, "tour": lambda: tour.table(read_rows(ROOT / "results" / "mnist_tour.csv")),
-          "label search": lambda: searches(*CONTROLS, "mnist_forget0_to1", "quick", *OF_ONE),
+          "label search": lambda: searched(*SEARCHED),
           "label search, other starts": other_starts,
-          "label search, other labels": lambda: searches(*(f"{of}-{pair}" for pair in ("4-to-9", "7-to-3")
+          "label search, other labels": lambda: searched(*(f"{of}-{pair}" for pair in ("4-to-9", "7-to-3")
                                                            for of in ("control", "quick", "anywhere"))),
-          "label search, tried": lambda: searches(*(f"anywhere-{what}" for what in (
+          "label search, tried": lambda: searched(*(f"anywhere-{what}" for what in (
               "600-steps", "and-searched", "and-searched-far", "in-embedding", "from-noise-0.3", "from-noise-0.5"))),
           "anywhere": forgotten_anywhere, "anywhere audit": attacked_anywhere,
           "methods": lambda: baselines.table(read("mnist_baselines")),
@@ -268,6 +273,7 @@ def main(argv):
     if not s.check:
         for path, page in pages.items():
             path.write_text(page)
+        search_figure(searches(*SEARCHED), ROOT / "results" / "mnist_label_search.png")
         trade_figure(traded(), found_in_controls(), ROOT / "results" / "mnist_anywhere.png")
     print(f"tables made again: {', '.join(differ) or 'none, all are what results/ says'}")
 
