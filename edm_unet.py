@@ -127,9 +127,9 @@ class Block(nn.Module):
         if not self.attention:
             return x
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).permute(2, 0, 3, 1)
-        q, k, v = qkv.contiguous()[:, :, None]  # (B, 1, H*W, C) each; the fused kernels need their last stride to be 1
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2).reshape(B, C, H, W)
+        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).unbind(2)            # (B, C, H*W) each
+        weights = (q.mT @ k / math.sqrt(C)).softmax(2)                                 # (B, H*W, H*W)
+        h = (v @ weights.mT).reshape(B, C, H, W)
         x = (x + self.proj(h)) * math.sqrt(0.5)
         return self.cross(x, states) if self.cross else x
 

@@ -195,8 +195,8 @@ def test_attention_is_asked_in_the_layout_of_fused_kernels(monkeypatch):
     seen, attention = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or attention(*qkv))
     Block(16, 16, 64, attention=True, prompted=True)(torch.ones(2, 16, 4, 4), torch.ones(2, 64),
-                                                     torch.ones(2, 8, WIDTH))
-    assert len(seen) == 6 and all(v.stride(-1) == 1 for v in seen)
+                                                     torch.ones(2, 8, WIDTH))  # attention to the prompt
+    assert len(seen) == 3 and all(v.stride(-1) == 1 for v in seen)
 
 
 def saved_bytes(network):
