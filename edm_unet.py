@@ -1,107 +1,80 @@
-"""The network, and what a reader of SFD may take as given: a label-conditional DDPM++ U-Net (Song et al. 2021) under
-EDM preconditioning (Karras et al. 2022), and the deterministic Heun sampler.
+"""What a reader of SFD may take as given: the denoiser, its network, its loss, its sampler; then files and commands.
+
+The network is the label-conditional DDPM++ U-Net (Song et al. 2021, https://arxiv.org/abs/2011.13456) under the
+preconditioning of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364). Needs torch alone.
 
 The contract of every denoiser in this project, networks and closed forms alike:
 
     D = model(x, sigma, c)
 
     x      (B, ...)        float32, an image in [-1, 1] plus sigma times standard normal noise
-    sigma  (B, 1, ..., 1)  noise level, a standard deviation in units of x, with as many dimensions as x
-    c      (B, ...)        what is asked for: here a one-hot label (B, K), or the tokens of a prompt (B, L), or their
-                           states (B, L, WIDTH); zeros for label or tokens, or None = no label, the empty prompt
-    D      (B, ...)        float32, the posterior mean E[image | x; sigma, c].  score = (D - x) / sigma^2
+    sigma  (B, 1, ..., 1)  noise level: a standard deviation in units of x, with as many dimensions as x
+    c      (B, ...)        the condition, here a one-hot label (B, K); zeros mean "any label"
+    D      (B, ...)        float32, the posterior mean E[image | x; sigma, c]. The score is (D - x) / sigma^2
 
-A teacher also says what there is to ask for and what it draws: `conditions` (K, ...), one row for each label or word,
-`shape`, that of one image, and `sigma_data`, the standard deviation of the images.
+A teacher has three more attributes: `conditions` (K, ...), the condition of each label; `shape`, the shape of one
+image; `sigma_data`, the standard deviation of the images. `copy.deepcopy` of a teacher must give an independent
+network: a block whose forward was replaced by a closure goes on calling the weights of the original.
 """
+import argparse
 import functools
+import hashlib
 import math
-from dataclasses import dataclass
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
+
+# --------------------------------------------------------------------------------------------------------- the network
 
 @dataclass(frozen=True)
 class NetSettings:
-    """What it takes to rebuild a network; stored in every checkpoint."""
+    """Shape of the U-Net. Every file of a network holds it."""
     resolution: int = 28            # height and width of the images
     channels: int = 1               # 1 grey, 3 RGB
-    num_classes: int = 10           # K; asked with prompts: their longest length L
-    words: tuple = ()               # what a prompt can say, tokens 1, 2, ...; none: asked with labels
+    num_classes: int = 10           # K
     model_channels: int = 64        # width of the first level
     channel_mult: tuple = (1, 2)    # width of each level, in units of model_channels; each level halves the resolution
     num_blocks: int = 2             # residual blocks per level in the encoder, one more in the decoder
-    attn_resolutions: tuple = (7,)  # levels with self-attention, by their resolution inside the net
-    patch: int = 1                  # pixels are folded patch x patch into channels before the net, unfolded after it
+    attn_resolutions: tuple = (7,)  # levels with self-attention, by their resolution inside the network
+    patch: int = 1                  # pixels are folded patch x patch into channels before the network
     dropout: float = 0.0            # inside the residual blocks, in training mode only
     sigma_data: float = 0.5         # standard deviation of the images, in EDM's preconditioning
 
     def __post_init__(self):
-        for name in ("channel_mult", "attn_resolutions", "words"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        limits = dict(resolution=1024, channels=64, num_classes=10_000, model_channels=1024, num_blocks=32, patch=16)
-        for name, most in limits.items():
-            if not (isinstance(getattr(self, name), int) and 1 <= getattr(self, name) <= most):
-                raise ValueError(f"{name} must be a whole number from 1 to {most}, not {getattr(self, name)!r}")
-        if not (1 <= len(self.channel_mult) <= 8
-                and all(isinstance(m, int) and 1 <= m <= 16 for m in self.channel_mult)):
-            raise ValueError(f"channel_mult must be 1 to 8 whole numbers from 1 to 16, not {self.channel_mult!r}")
-        if self.resolution % (self.patch << (len(self.channel_mult) - 1)):
+        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
+        object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
+        halvings = len(self.channel_mult) - 1
+        if self.resolution % (self.patch * 2 ** halvings):
             raise ValueError(f"resolution {self.resolution} cannot be folded by patch {self.patch} and then halved "
-                             f"{len(self.channel_mult) - 1} times")
+                             f"{halvings} times")
         if self.model_channels % 4:
             raise ValueError(f"model_channels must be a multiple of 4, not {self.model_channels}")
-        if not (0 <= self.dropout < 1 and 0 < self.sigma_data < 1000):
-            raise ValueError(f"dropout {self.dropout!r} must lie in [0, 1) "
-                             f"and sigma_data {self.sigma_data!r} in (0, 1000)")
 
 
 def group_norm(channels):
     return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
 
 
-WIDTH = 64  # of the states of a prompt
-
-
-class TextEncoder(nn.Module):
-    """A prompt's tokens (B, L) -> their states (B, L, WIDTH): word and position, then two transformer layers."""
-
-    def __init__(self, words, length):
-        super().__init__()
-        self.token, self.position = nn.Embedding(1 + words, WIDTH), nn.Parameter(torch.randn(length, WIDTH) / 10)
-        layer = functools.partial(nn.TransformerEncoderLayer, WIDTH, 4, 2 * WIDTH, 0.0, "gelu", batch_first=True)
-        self.layers = nn.Sequential(layer(), layer())
-
-    def forward(self, tokens):
-        return self.layers(self.token(tokens) + self.position)
-
-
-class CrossAttention(nn.Module):
-    """Each place of x (B, C, H, W) asks, and the states (B, L, WIDTH) of a prompt answer: added to x, in four heads."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm, self.to_q = group_norm(channels), nn.Conv2d(channels, channels, 1)
-        self.to_k, self.to_v = (nn.Linear(WIDTH, channels, bias=False) for _ in range(2))
-        self.proj = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x, states):
-        heads = lambda of: of.unflatten(2, (4, -1)).transpose(1, 2)                    # (B, 4, places, C / 4)
-        q = self.to_q(self.norm(x)).flatten(2).transpose(1, 2).contiguous()            # (B, H*W, C)
-        h = F.scaled_dot_product_attention(*map(heads, (q, self.to_k(states), self.to_v(states))))
-        return (x + self.proj(h.transpose(2, 3).reshape(x.shape))) * math.sqrt(0.5)
-
-
 class Block(nn.Module):
-    """Residual block of DDPM++: norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip;
-    then attention where asked for, and where there are prompts, to them."""
+    """Residual block of DDPM++: norm, SiLU, conv, + embedding, norm, SiLU, conv, + skip; then self-attention, or not.
 
-    def __init__(self, c_in, c_out, emb_dim, attention=False, resample=None, dropout=0.0, prompted=False):
+    resample: None, "up" (each pixel becomes 2x2) or "down" (each 2x2 becomes its mean).
+    """
+
+    def __init__(self, c_in, c_out, emb_dim, attention=False, resample=None, dropout=0.0):
         super().__init__()
-        self.resample, self.dropout = resample, dropout  # resample: None, "up" or "down"
+        self.resample, self.dropout, self.attention = resample, dropout, attention
         self.norm0 = group_norm(c_in)
         self.conv0 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.affine = nn.Linear(emb_dim, c_out)
@@ -112,40 +85,44 @@ class Block(nn.Module):
             self.norm2 = group_norm(c_out)
             self.qkv = nn.Conv2d(c_out, 3 * c_out, 1)
             self.proj = nn.Conv2d(c_out, c_out, 1)
-        self.attention, self.cross = attention, CrossAttention(c_out) if attention and prompted else None
 
     def _resize(self, x):
         if self.resample == "up":
             return F.interpolate(x, scale_factor=2, mode="nearest")
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
-    def forward(self, x, emb, states=None):
+    def _attend(self, x):
+        """softmax(q k^T / sqrt(C)) v over the H*W places of x (B, C, H, W), with one head."""
+        B, C, H, W = x.shape
+        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).unbind(2)            # (B, C, H*W) each
+        weights = (q.mT @ k / math.sqrt(C)).softmax(2)                                 # (B, H*W, H*W)
+        return self.proj((v @ weights.mT).reshape(B, C, H, W))
+
+    def forward(self, x, emb):
         h = self.conv0(self._resize(F.silu(self.norm0(x))))
         h = F.silu(self.norm1(h + self.affine(emb)[:, :, None, None]))
         h = self.conv1(F.dropout(h, self.dropout, self.training))
         x = (h + self.skip(self._resize(x))) * math.sqrt(0.5)
-        if not self.attention:
-            return x
-        B, C, H, W = x.shape
-        q, k, v = self.qkv(self.norm2(x)).reshape(B, C, 3, H * W).unbind(2)            # (B, C, H*W) each
-        weights = (q.mT @ k / math.sqrt(C)).softmax(2)                                 # (B, H*W, H*W)
-        h = (v @ weights.mT).reshape(B, C, H, W)
-        x = (x + self.proj(h)) * math.sqrt(0.5)
-        return self.cross(x, states) if self.cross else x
+        if self.attention:
+            x = (x + self._attend(x)) * math.sqrt(0.5)
+        return x
 
 
 class UNet(nn.Module):
-    """DDPM++ U-Net F(x; c_noise, c), c the label, or the states of a prompt.
-    Parameters carry the names of the official EDM network, so its weights load as they are."""
+    """DDPM++ U-Net F(x; c_noise, c), c (B, K) the label.
+
+    The parameters have the names of the official EDM network, so its weights load unchanged.
+    """
+    block = Block
 
     def __init__(self, s: NetSettings):
         super().__init__()
         self.patch, self.emb_half = s.patch, s.model_channels // 2
         image_channels, emb_dim = s.channels * s.patch ** 2, 4 * s.model_channels
-        self.map_label = None if s.words else nn.Linear(s.num_classes, s.model_channels)
+        self.map_label = nn.Linear(s.num_classes, s.model_channels)
         self.map_layer0 = nn.Linear(s.model_channels, emb_dim)
         self.map_layer1 = nn.Linear(emb_dim, emb_dim)
-        block = functools.partial(Block, emb_dim=emb_dim, dropout=s.dropout, prompted=bool(s.words))
+        block = functools.partial(self.block, emb_dim=emb_dim, dropout=s.dropout)
 
         self.enc, self.dec, skips = nn.ModuleDict(), nn.ModuleDict(), []
         for level, mult in enumerate(s.channel_mult):
@@ -176,86 +153,106 @@ class UNet(nn.Module):
         self.dec[f"{res}x{res}_aux_norm"] = group_norm(c)
         self.dec[f"{res}x{res}_aux_conv"] = nn.Conv2d(c, image_channels, 3, padding=1)
 
-    def embedding(self, c_noise, c):
-        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=c.device) / (self.emb_half - 1))
+    def time_embedding(self, c_noise):
+        """Sines and cosines of c_noise (B,): (B, model_channels)."""
+        frequency = (1 / 10000) ** (torch.arange(self.emb_half, device=c_noise.device) / (self.emb_half - 1))
         angle = c_noise[:, None] * frequency
-        emb = torch.cat([angle.sin(), angle.cos()], 1)
-        emb = emb + self.map_label(c * math.sqrt(c.shape[1])) if self.map_label else emb
+        return torch.cat([angle.sin(), angle.cos()], 1)
+
+    def embedding(self, c_noise, c):
+        """Noise level (B,) and label (B, K), as every block takes them: (B, 4 model_channels)."""
+        emb = self.time_embedding(c_noise) + self.map_label(c * math.sqrt(c.shape[1]))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
     def forward(self, x, c_noise, c):
         emb = self.embedding(c_noise, c)
         x, skips = F.pixel_unshuffle(x, self.patch), []
         for layer in self.enc.values():
-            x = layer(x, emb, c) if isinstance(layer, Block) else layer(x)
+            x = layer(x, emb) if isinstance(layer, Block) else layer(x)
             skips.append(x)
         *blocks, norm, conv = self.dec.values()
         for layer in blocks:
             if layer.conv0.in_channels != x.shape[1]:
                 x = torch.cat([x, skips.pop()], 1)
-            x = layer(x, emb, c)
+            x = layer(x, emb)
         return F.pixel_shuffle(conv(F.silu(norm(x))), self.patch)
 
 
 class EDMPrecond(nn.Module):
     """D(x; sigma, c) = c_skip x + c_out F(c_in x; c_noise, c): Karras et al. 2022, eq. 7 and table 1.
 
-    x (B, C, H, W), sigma (B, 1, 1, 1) or anything that broadcasts to it, c (B, K) one-hot or soft, or a prompt. See the
-    contract. `text` reads the prompts: it learns with the teacher and is frozen from then on."""
+    x (B, C, H, W), sigma (B, 1, 1, 1) or anything that broadcasts to it, c (B, K) one-hot, soft, or None. See the
+    contract above.
+    """
+    settings_class, network_class = NetSettings, UNet
 
-    def __init__(self, settings: NetSettings):
+    def __init__(self, settings):
         super().__init__()
-        self.settings, self.model = settings, UNet(settings)
-        self.text = TextEncoder(len(settings.words), settings.num_classes) if settings.words else None
+        self.settings, self.model = settings, self.network_class(settings)
         self.shape, self.sigma_data = (settings.channels, settings.resolution, settings.resolution), settings.sigma_data
-        self.bf16 = False  # run F in bfloat16; weights and everything outside F stay float32
-        self.micro_batch = None  # evaluate so many images at a time, and again for the gradient: less memory, more time
+        self.bf16 = False  # compute F in bfloat16; the weights and everything outside F stay float32
 
     @property
     def conditions(self):
-        """(K, K): the one-hot row of each label, or (words, L): the prompt of each word alone; on the network's
-        device."""
-        words, width, device = len(self.settings.words), self.settings.num_classes, next(self.parameters()).device
-        if words:
-            return F.pad(torch.arange(1, words + 1, device=device)[:, None], (0, width - 1))
-        return torch.eye(width, device=device)
+        """One-hot row of each label, (K, K), on the network's device."""
+        return torch.eye(self.settings.num_classes, device=next(self.parameters()).device)
 
-    def _precision(self, device):
-        """bfloat16 where it is on, else what the caller's autocast says. Without autocast's cache of cast weights: it
-        would outlive an optimizer's step inside the caller's autocast, and be asked instead of the new weights."""
-        outer = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if outer and not self.bf16 else torch.bfloat16
-        return torch.autocast(device, dtype, enabled=outer or self.bf16, cache_enabled=False)
+    def read_condition(self, x, c):
+        """The condition as the U-Net takes it."""
+        return x.new_zeros(len(x), self.settings.num_classes) if c is None else c.float()
+
+    def _precision(self, device_type):
+        """bfloat16 where `bf16` is on, else the caller's autocast. The cache of cast weights is off: inside a caller's
+        autocast it would outlive an optimizer's step, and the network would go on computing with old weights."""
+        outer = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if outer and not self.bf16 else torch.bfloat16
+        return torch.autocast(device_type, dtype, enabled=outer or self.bf16, cache_enabled=False)
 
     def forward(self, x, sigma, c):
-        x, sd, part = x.float(), self.sigma_data, self.micro_batch
+        x, sd = x.float(), self.sigma_data
         sigma = torch.as_tensor(sigma, dtype=x.dtype, device=x.device).reshape(-1, 1, 1, 1).expand(len(x), 1, 1, 1)
-        c = x.new_zeros(len(x), self.settings.num_classes) if c is None else c
-        if part and len(x) > part:
-            return torch.cat([checkpoint(self, *of, use_reentrant=False)
-                              for of in zip(x.split(part), sigma.split(part), c.split(part))])
         c_skip = sd ** 2 / (sigma ** 2 + sd ** 2)
         c_out = sigma * sd / (sigma ** 2 + sd ** 2).sqrt()
         c_in = 1 / (sigma ** 2 + sd ** 2).sqrt()
         c_noise = sigma.log() / 4
         with self._precision(x.device.type):
-            c = self.text(c.long()) if self.text and c.ndim == 2 else c.float()
-            F_x = self.model(c_in * x, c_noise.flatten(), c)
+            F_x = self.model(c_in * x, c_noise.flatten(), self.read_condition(x, c))
         return c_skip * x + c_out * F_x.float()
 
 
+# ------------------------------------------------------------------------------------------------ the loss, the sampler
+
+def weighted_distance(D_x, target, sigma, sigma_data=0.5):
+    """w(sigma) ||D_x - target||^2, w = (sigma^2 + sd^2) / (sigma sd)^2. Mean over all entries."""
+    w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2
+    return (w * (D_x - target) ** 2).mean()
+
+
+def edm_loss(D, x, sigma, c):
+    """w(sigma) ||D(x + sigma eps; sigma, c) - x||^2: Karras et al. 2022, eq. 2. Mean over all entries.
+
+    x (B, ...) images in [-1, 1], sigma (B, 1, ...), c (B, K).
+    """
+    x_t = x + sigma * torch.randn_like(x)
+    return weighted_distance(D(x_t, sigma, c), x, sigma, D.sigma_data)
+
+
+def stratified_normal(n, device):
+    """n standard normal numbers, one from each n-th of the distribution: a batch of noise levels with less variance."""
+    u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
+    return math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
+
+
 def sigma_grid(u, sigma_min=0.002, sigma_max=80.0, rho=7.0):
-    """Noise level at the fraction u in [0, 1] of EDM's grid, from sigma_max (u = 0) to sigma_min (u = 1):
-    eq. 5, continuous in u."""
+    """Noise level at the fraction u in [0, 1] of EDM's grid, from sigma_max (u = 0) to sigma_min (u = 1): eq. 5."""
     return (sigma_max ** (1 / rho) + u * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
 
 
-def heun(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
+def heun(D, z, c, steps=18, sigma_max=80.0):
     """EDM's deterministic second-order sampler (Karras et al. 2022, algorithm 1): 2 * steps - 1 evaluations of D.
 
-    z (B, ...) standard normal noise, c (B, K), sampling starts from sigma_max * z; guidance w moves D to
-    D(0) + w (D(c) - D(0)), at twice the cost.
-    Returns samples of z's shape and dtype; the state in between is float64, float32 on devices that have no float64.
+    z (B, ...) standard normal noise, c (B, K). Sampling starts from sigma_max * z. Returns samples of z's shape and
+    dtype. The state in between is float64, or float32 on devices that have no float64.
     """
     dtype = torch.float32 if z.device.type == "mps" else torch.float64
     sigmas = torch.cat([sigma_grid(torch.linspace(0, 1, steps, dtype=dtype, device=z.device), sigma_max=sigma_max),
@@ -263,11 +260,7 @@ def heun(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
 
     def slope(x, sigma):  # dx/dsigma of the probability flow, eq. 3
         level = sigma.expand(len(x)).view(-1, *[1] * (x.ndim - 1))
-        D_x = D(x, level, c).to(dtype)
-        if guidance != 1:
-            D_0 = D(x, level, torch.zeros_like(c)).to(dtype)
-            D_x = D_0 + guidance * (D_x - D_0)
-        return (x - D_x) / sigma
+        return (x - D(x, level, c).to(dtype)) / sigma
 
     x = z.to(dtype) * sigmas[0]
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:]):
@@ -279,4 +272,246 @@ def heun(D, z, c, steps=18, guidance=1.0, sigma_max=80.0):
     return x.to(z.dtype)
 
 
-heun_sampler = torch.no_grad()(heun)  # where nobody asks how an image would change with z or c
+heun_sampler = torch.no_grad()(heun)  # for images alone, without gradients to z or c
+
+
+# ----------------------------------------------------------------------------------------------------------- the device
+
+def pick_device(name="auto"):
+    """torch.device of that name; for "auto" the first of cuda, mps and cpu that computes. BadInput if none does."""
+    if name == "auto":
+        found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        names = [kind for kind, there in found.items() if there]
+    else:
+        names = [name]
+    for name in names:
+        try:
+            device = torch.device(name)
+            torch.zeros(1, device=device).add(1).item()
+            return device
+        except (RuntimeError, AssertionError, NotImplementedError) as e:  # such as a card too old for this torch
+            problem = f"device {name} does not compute: {str(e).splitlines()[0]}"
+            if name != names[-1]:
+                print(f"note: {problem}")
+    raise BadInput(problem)
+
+
+def cpu_features():
+    """What torch knows of the CPU. Empty on versions of torch that do not tell."""
+    return getattr(torch.cpu, "get_capabilities", dict)()
+
+
+def has_fast_bf16(device):
+    """Whether the device multiplies bfloat16 matrices in hardware. Elsewhere bfloat16 is slower than float32."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    features = cpu_features()
+    return device.type == "cpu" and bool(features.get("amx_bf16") or features.get("avx512_bf16"))
+
+
+def machine(device):
+    """What a reported number must say of where it was measured: a plain dict."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = cpu_features().get("cpu_name", platform.processor())
+    return {"device": device.type, "name": name, "bf16": has_fast_bf16(device), "threads": torch.get_num_threads(),
+            "torch": str(torch.__version__), "python": platform.python_version(), "system": platform.system()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the files
+
+def save_file(path, content):
+    """torch.save to a file beside `path`, then rename: a kill or a full disk leaves the old file whole.
+
+    Raises OSError where the file cannot be written.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
+        partial.unlink(missing_ok=True)
+        raise OSError(f"could not write {path} ({e}); a file that was there is unharmed") from e
+
+
+def load_file(path):
+    """The dict in a file of `save_file`, on the CPU. Nothing in the file is run. BadInput for any other file."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about some foreign files before it refuses them
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a damaged or hostile file can raise anything, and is refused whatever it raises
+        raise BadInput(f"{path} is empty, damaged or no file of this project ({type(e).__name__})") from e
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is no file of this project")
+    return content
+
+
+def digest(*paths):
+    """sha256 of the bytes of files, one after the other."""
+    return hashlib.sha256(b"".join(Path(path).read_bytes() for path in paths)).hexdigest()
+
+
+def pack(network, half=False):
+    """Settings and weights of an EDMPrecond as a plain dict. `half` stores the weights as float16.
+
+    Raises ValueError where a weight is too large for float16.
+    """
+    weights = {name: v.detach().to("cpu", torch.float16 if half else None) for name, v in network.state_dict().items()}
+    if not all(v.isfinite().all() for v in weights.values()):
+        raise ValueError("a weight is not finite, or too large for float16")
+    return {"net": asdict(network.settings), "weights": weights}
+
+
+def unpack(packed, network_class=EDMPrecond):
+    """The network that `pack` took apart: float32, in eval mode, on the CPU. BadInput where the parts do not fit."""
+    try:
+        weights = {name: v.float() for name, v in packed["weights"].items()}
+        settings_class = network_class.settings_class
+        names = {f.name for f in fields(settings_class)}
+        # a setting of another version is ignored where it is off; where it is on, the network is another one
+        settings = settings_class(**{name: v for name, v in packed["net"].items() if name in names or v})
+        if settings.num_blocks * len(settings.channel_mult) > len(weights):
+            raise ValueError("it has fewer weights than blocks")  # an absurd size costs nothing
+        with torch.device("meta"):                                # nor here: shapes without memory
+            network = network_class(settings)
+        network.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise BadInput(f"settings and weights do not fit together: {str(e).splitlines()[0]}") from e
+    return network.eval()
+
+
+def load_network(path, device="cpu", network_class=EDMPrecond):
+    """(network in eval mode, the other entries of its file, its "path" and "sha256"). BadInput for other files.
+
+    The network computes in bfloat16 where the device does that fast.
+    """
+    content = load_file(path)
+    missing = {"net", "weights", "data", "classes"} - content.keys()
+    if missing:
+        raise BadInput(f"{path} is not the file of a network: it lacks {', '.join(sorted(missing))}")
+    try:
+        network = unpack(content, network_class).to(device)
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from e
+    network.bf16 = has_fast_bf16(device)
+    info = {name: value for name, value in content.items() if name not in ("net", "weights")}
+    return network, info | {"path": str(path), "sha256": digest(path)}
+
+
+def save_images(images, columns, path):
+    """Images (N, C, H, W) in [-1, 1] as one picture, row by row."""
+    from torchvision.utils import save_image
+    save_image(images, path, nrow=columns, padding=0, normalize=True, value_range=(-1, 1))
+
+
+# -------------------------------------------------------------------------------------------- a run that can be resumed
+
+def save_checkpoint(path, step, seconds, settings, parts):
+    """Save the networks and optimizers `parts` {name: part} after `step` steps in `seconds`, with all random states.
+
+    settings: what must not change when the run is resumed. RunFailed where a weight is not finite: the file of the last
+    good checkpoint is kept.
+    """
+    for name, part in parts.items():
+        if isinstance(part, nn.Module) and not all(v.isfinite().all() for v in part.state_dict().values()):
+            raise RunFailed(f"the weights of {name} are not finite after step {step}: try a smaller --lr. "
+                            f"{path} has the last good step")
+    random = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        random["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        random["mps"] = torch.mps.get_rng_state()
+    save_file(path, {"step": step, "seconds": seconds, "settings": settings, "random": random,
+                     "parts": {name: part.state_dict() for name, part in parts.items()}})
+
+
+def load_checkpoint(path, settings, parts):
+    """Load a checkpoint into `parts` and set the random states. Returns (steps, seconds) so far.
+
+    BadInput where the run was begun with other settings.
+    """
+    saved = load_file(path)
+    known = {"step", "seconds", "settings", "random", "parts"} <= saved.keys()
+    if not known or not parts.keys() <= saved["parts"].keys():
+        raise BadInput(f"{path} is not a checkpoint of this version of the code")
+    was = saved["settings"]
+    changed = [f"{name} was {was.get(name)!r} and is {settings.get(name)!r}"
+               for name in sorted(was.keys() | settings.keys()) if was.get(name) != settings.get(name)]
+    if changed:
+        raise BadInput(f"cannot resume {Path(path).parent} with other settings: {'; '.join(changed)}")
+    for name, part in parts.items():
+        part.load_state_dict(saved["parts"][name])
+    torch.set_rng_state(saved["random"]["cpu"])
+    if "cuda" in saved["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["random"]["cuda"][:torch.cuda.device_count()])
+    if "mps" in saved["random"] and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(saved["random"]["mps"])
+    return saved["step"], saved["seconds"]
+
+
+# ---------------------------------------------------------------------------------------------------- the command line
+
+class BadInput(ValueError):
+    """The user asked for something that cannot be done. The message is one line. Exit code 2."""
+
+
+class RunFailed(RuntimeError):
+    """The run cannot go on. The message says at which step, why, and what to try. Exit code 1."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM stopped a run that --resume goes on with. Exit code 130."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with bad options as BadInput, and without abbreviations."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        raise BadInput(f"{message} (--help lists the options)")
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU, on Linux, on Windows
+
+
+def command(main):
+    """Run main(argv) as a program. An error that a user can act on is one line, without a traceback."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # a service has no streams
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a terminal without the letters of a class name
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    try:
+        main(sys.argv[1:])
+    except (BadInput, RunFailed, OSError, RuntimeError) as e:
+        lacks_memory = any(words in str(e) for words in OUT_OF_MEMORY)
+        if not isinstance(e, (BadInput, RunFailed, OSError)) and not lacks_memory:
+            raise
+        advice = ": try a smaller --batch" if lacks_memory else ""
+        print("error:", " ".join(str(e).split()) + advice, file=sys.stderr)
+        sys.exit(2 if isinstance(e, BadInput) else 1)
+    except KeyboardInterrupt as e:
+        print(f"stopped; to go on: {resume_command()}" if isinstance(e, Stopped) else "stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def resume_command():
+    """This program's command line with --resume, in the quotes of the system's shell."""
+    spec = sys.modules["__main__"].__spec__  # of `python -m lab.distill`; None for `python sfd_minimal.py`
+    program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
+    words = ["python", *program, *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)

@@ -1,74 +1,84 @@
-"""Score Forgetting Distillation (SFD; Chen, Zhang, Zhou, ICLR 2025, arXiv 2409.11219) in one file.
+"""Score Forgetting Distillation (SFD) in one file. Chen, Zhang and Zhou, ICLR 2025, https://arxiv.org/abs/2409.11219
 
     python sfd_minimal.py --forget 0 --to 1
 
-turns a label-conditional diffusion teacher into a one-step generator that has forgotten a class, without real images.
-SFD is Score identity Distillation (SiD; Zhou et al., ICML 2024, arXiv 2404.04057) with one change: for the label to
-forget, the teacher is asked about another label. Three networks, all started from the teacher's weights:
+distils a label-conditional diffusion teacher into a one-step generator that has forgotten a class, without real images.
+SFD is Score identity Distillation (SiD, https://arxiv.org/abs/2404.04057) with one change: for the label to forget, the
+teacher is given another label. Three networks, all started from the teacher's weights:
 
     teacher    D_phi(x_t; sigma, c)   frozen
-    fake       D_psi(x_t; sigma, c)   keeps learning to denoise the generator's images: its score is the generator's
+    fake       D_psi(x_t; sigma, c)   keeps learning to denoise the generator's images, and so knows their score
     generator  x_g = G_theta(z, c) = D_theta(sigma_init z; sigma_init, c),   z ~ N(0, I),   one evaluation
 
-A denoiser D is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]; its score is (D - x_t) / sigma^2. The method,
-from `fake_score_loss` to `sfd_step`, needs torch, three such denoisers and two optimizers, nothing else: paste it.
+A denoiser is any callable D(x_t, sigma, c) -> E[x | x_t; sigma, c]. Its score is (D - x_t) / sigma^2.
+To use SFD in your own project, copy the code between the two rulers: it needs torch and nothing else.
 """
 import copy
-from dataclasses import dataclass
+import math
+import re
+import time
+import unicodedata
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
-from lab import prompts, sample
-from lab.checkpoint import load_start, load_teacher, save_generator
-from lab.cli import command, parse, setting
-from lab.denoisers import each
-from lab.device import pick_device, seed_everything
-from lab.evaluate import Evaluator
-from lab.label_space import anywhere, tie
-from lab.labels import label_numbers, run_name, who
-from lab.recipes import RECIPES, recipe_name
-from lab.run import Run, RunSettings, decay, update_average
+from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, digest, load_checkpoint, load_file, load_network,
+                      machine, pack, pick_device, save_checkpoint, save_file, save_images, unpack)
 
 
 @dataclass
-class Settings(RunSettings):
-    forget: tuple = setting(("0",), "labels to forget, or words of prompts, or none: plain SiD, nothing is forgotten")
-    to: tuple = setting(("random",), "what overrides them, one for all or each, or random: uniform over the rest")
-    data: str = setting("mnist", "data set that the teacher was trained on; names default teacher, judge and folder")
-    teacher: str = setting("", "its checkpoint (default: the shipped one, or in runs/<data>-teacher)", trains=False)
-    init_from: str = setting("", "start generator and fake score from this both.pt; the teacher stays the true one")
-    steps: int = setting(None, "optimizer steps (None, here and below: `lab.recipes`)", above=0)
-    batch: int = setting(None, "generated images per step", above=0)
-    lr: float = setting(None, "generator's learning rate (Adam): constant for half the run, then to zero", above=0)
-    lr_fake: float = setting(None, "the same for the fake score, which must keep up", above=0)
-    alpha: float = setting(1.0, "alpha in S; the published runs use 1.2")
-    lambda_forget: float = setting(1.0, "weight of the score-forgetting term; kept labels have 1", at_least=0)
-    forget_share: float = setting(None, "share of the batch under forgotten labels (None: all alike)", above=0, below=1)
-    lambda_anchor: float = setting(None, "not in the paper: weight of `anchor_loss` on kept labels", at_least=0)
-    anywhere: float = setting(0.0, "not in the paper: share of the batch anywhere in label space", at_least=0, below=1)
-    guidance: float = setting(None, "not in the paper on labels: above 1, further from the forgotten one", at_least=1)
-    sigma_init: float = setting(2.5, "noise level at which the generator evaluates its network", above=0)
-    p_mean: float = setting(0.0, "mean of ln sigma in the psi step; SiD's is -1.2")
-    p_std: float = setting(1.2, "standard deviation of ln sigma in the psi step", above=0, option=False)
-    sigma_min: float = setting(0.002, "lowest noise level of the theta step's grid", above=0, option=False)
-    sigma_max: float = setting(80.0, "highest noise level of that grid", above=0, option=False)
-    u_max: float = setting(0.8, "share of it that is used, from below: sigma up to 24.4", above=0, option=False)
-    ema: float = setting(0.999, "decay of the generator's average, which is judged and kept", at_least=0, below=1)
-    micro_batch: int = setting(None, "images at once in a network, for large ones: a third more time", above=0)
-    compile: bool = setting(False, "torch.compile the networks: a minute, then faster steps on a GPU", trains=False)
+class Settings:
+    # the method
+    alpha: float = 1.0          # in S; the published runs use 1.2
+    lambda_forget: float = 1.0  # weight of the score-forgetting term; the labels to keep have weight 1
+    sigma_init: float = 2.5     # noise level at which the generator evaluates its network
+    p_mean: float = 0.0         # psi step: ln sigma ~ N(p_mean, p_std^2); SiD's p_mean is -1.2
+    p_std: float = 1.2
+    sigma_min: float = 0.002    # theta step: EDM's rho = 7 grid between sigma_min and sigma_max,
+    sigma_max: float = 80.0
+    u_max: float = 0.8          # of which the lower u_max is used: up to sigma = 24.4
+    # the run
+    steps: int = 1000
+    batch: int = 64             # generated images per step
+    lr: float = 3e-4            # generator's learning rate (Adam): constant for half of the run, then linearly to zero
+    lr_fake: float = 1e-3       # fake score's learning rate: it must keep up with the generator
+    ema: float = 0.999          # decay of the running average of the generator, which is the result of the run
+    seed: int = 0
 
     def __post_init__(self):
-        self.recipe = recipe_name(self.data, self.teacher, self.forget != ("none",), self.init_from)
-        self.taken = self.fill(RECIPES[self.recipe])
+        for name in ("sigma_init", "p_std", "sigma_min", "sigma_max", "u_max", "steps", "batch", "lr", "lr_fake"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise BadInput(f"{name} must be above 0 and finite, not {getattr(self, name)}")
+        if not all(map(math.isfinite, (self.alpha, self.lambda_forget, self.p_mean))) or self.lambda_forget < 0:
+            raise BadInput("alpha, lambda_forget and p_mean must be finite, and lambda_forget at least 0")
+        if not 0 <= self.ema < 1 or self.u_max > 1 or self.sigma_min >= self.sigma_max:
+            raise BadInput("ema must lie in [0, 1), u_max in (0, 1], and sigma_min below sigma_max")
+        if not 0 <= self.seed < 2 ** 32:
+            raise BadInput(f"seed must lie between 0 and {2 ** 32 - 1}, not {self.seed}")
 
 
-# ---------------------------------------------------------------------------------------------------------- the method
+PRESETS = {  # differences from the defaults above; options on the command line override a preset
+    "mnist": dict(),
+    "mnist, from a one-step generator": dict(steps=700),
+    "mnist, forgetting nothing": dict(steps=7000, lr=1e-4, lr_fake=3.4e-4),
+    "cifar10": dict(steps=8000, lr=1e-4, lr_fake=3.4e-4),
+    "cifar10, from a one-step generator": dict(steps=700, lr=1e-4, lr_fake=3.4e-4),
+    "cifar10, forgetting nothing": dict(steps=800, batch=256, lr=1e-4, lr_fake=3.4e-4),
+}
+
+
+# ------------------------------------------------------------------------------------------------ SFD: copy from here
+# `s` is any object with the fields alpha, lambda_forget, sigma_init, p_mean, p_std, sigma_min, sigma_max and u_max.
 
 def fake_score_loss(fake, x_g, c, sigma, sigma_data=0.5):
     """L_psi = w(sigma) ||D_psi(x_t; sigma, c) - x_g||^2,  w = (sigma^2 + sd^2) / (sigma sd)^2.
 
-    x_g (B, ...) images without gradient, c (B, ...) what they were generated under, sigma (B, 1, ...). Returns (B,).
+    x_g (B, ...) generated images, detached; c (B, ...) their labels; sigma (B, 1, ...). Returns (B,).
     """
+    if sigma.ndim != x_g.ndim:
+        raise ValueError(f"sigma {tuple(sigma.shape)} must have as many dimensions as x_g {tuple(x_g.shape)}")
     x_t = x_g + sigma * torch.randn_like(x_g)                                         # (B, ...)
     D_psi = fake(x_t, sigma, c)                                                       # (B, ...)
     w = (sigma ** 2 + sigma_data ** 2) / (sigma * sigma_data) ** 2                    # (B, 1, ...)
@@ -78,9 +88,11 @@ def fake_score_loss(fake, x_g, c, sigma, sigma_data=0.5):
 def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
     """S(x_g; c_phi, c_psi) = sum_pixels (D_phi - D_psi) [(D_phi - x_g) - alpha (D_phi - D_psi)] / omega.
 
-    The teacher is asked about c_phi (B, ...), the fake score about c_psi (B, ...). Gradient flows into x_g (B, ...)
-    directly and through x_t inside both networks. sigma (B, 1, ...). Returns (B,).
+    The teacher is given the labels c_phi (B, ...), the fake score the labels c_psi (B, ...). The gradient reaches
+    x_g (B, ...) directly and through x_t inside both networks. sigma (B, 1, ...). Returns (B,).
     """
+    if sigma.ndim != x_g.ndim:
+        raise ValueError(f"sigma {tuple(sigma.shape)} must have as many dimensions as x_g {tuple(x_g.shape)}")
     x_t = x_g + sigma * torch.randn_like(x_g)                                         # (B, ...)
     D_phi = teacher(x_t, sigma, c_phi)                                                # (B, ...)
     D_psi = fake(x_t, sigma, c_psi)                                                   # (B, ...)
@@ -89,171 +101,314 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
     return S.flatten(1).sum(1) / omega                                                # (B,)
 
 
-def draw_labels(batch, override, kept, conditions, share=None):
-    """c_phi for the teacher and c_psi for generator and fake score, (B, ...) rows of `conditions` (K, ...), which has
-    one for each label; forgotten (B,), where the two differ.
+def draw_labels(batch, override, conditions):
+    """Labels of one batch: c_phi for the teacher, c_psi for generator and fake score, forgotten (B,) where they differ.
 
-    override (K,) maps each label to the one the teacher is asked about: itself if kept, c_o if forgotten, -1 for a
-    fresh draw among `kept` (n,). All labels are drawn equally often, or the forgotten ones in a `share` of the batch.
+    override (K,): the label that the teacher is given in the place of each label. A label to keep is its own override.
+    An override of -1 is a random label to keep. conditions (K, ...): what the networks take for each label.
     """
-    K, device = len(override), override.device
-    to_forget = override != torch.arange(K, device=device)                            # (K,)
-    if share is None:
-        c = torch.randint(K, (batch,), device=device)
-    else:
-        p = torch.where(to_forget, share / to_forget.sum(), (1 - share) / len(kept))  # (K,)
-        c = p.multinomial(batch, replacement=True)
-    c_o = override[c]
-    c_o = torch.where(c_o >= 0, c_o, kept[torch.randint(len(kept), (batch,), device=device)])
-    return conditions[c_o], conditions[c], to_forget[c]
+    labels = torch.arange(len(override), device=override.device)
+    kept = labels[override == labels]
+    c = torch.randint(len(labels), (batch,), device=override.device)
+    random_kept = kept[torch.randint(len(kept), (batch,), device=override.device)]
+    c_o = torch.where(override[c] == -1, random_kept, override[c])
+    return conditions[c_o], conditions[c], c_o != c
 
 
 def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s,
-             sigma_data=0.5, anchor=None):
-    """One step of SFD: one batch of images serves both updates, and kept and forgotten labels share each forward.
+             sigma_data=0.5, extra_loss=None):
+    """One step of SFD. z (B, ...) ~ N(0, I); c_phi, c_psi (B, ...) and forgotten (B,) bool as from `draw_labels`.
 
-    z (B, ...) normal noise; c_phi, c_psi, forgotten from `draw_labels`; s: `Settings`, or anything with its fields.
-    Returns the terms of both losses, detached.
+    extra_loss(x_g, z, c_psi, forgotten) -> scalar: a term of your own, added to L_theta. Returns the terms of both
+    losses, detached. ValueError where `forgotten` is no bool tensor of shape (B,).
     """
-    B, per_sample = len(z), (-1,) + (1,) * (z.ndim - 1)
-    theta = [p for p in generator.parameters() if p.requires_grad]
-    sigma_init = torch.full((B,), s.sigma_init, device=z.device).view(per_sample)
+    B = len(z)
+    per_sample = (B,) + (1,) * (z.ndim - 1)
+    sigma_init = torch.full(per_sample, s.sigma_init, device=z.device)
+    if not torch.is_tensor(forgotten) or forgotten.dtype != torch.bool or forgotten.shape != (B,):
+        raise ValueError(f"forgotten must be a bool tensor of shape ({B},), true in the rows of a label to forget")
 
-    # Generate, under the label to forget too: what changes for it is the question to the teacher, c_phi.
-    x_g = generator(sigma_init * z, sigma_init, c_psi)                                # (B, ...), with gradient to theta
+    # Generate, under the label to forget too: the override changes only the label that the teacher is given below.
+    x_g = generator(sigma_init * z, sigma_init, c_psi)                                # (B, ...), with gradient
 
-    # psi step: the fake score learns the images under the labels they were asked for. x_g is detached: theta stays.
+    # psi step: the fake score learns to denoise the generator's images, under the labels they were generated for.
     sigma = (s.p_mean + s.p_std * torch.randn(B, device=z.device)).exp().view(per_sample)
     L_psi = fake_score_loss(fake, x_g.detach(), c_psi, sigma, sigma_data).mean()
     optimizer_psi.zero_grad()
     L_psi.backward()
     optimizer_psi.step()
 
-    # theta step: u ~ U[0, u_max] on EDM's rho = 7 grid, counted from sigma_min up to sigma_max.
-    u, low, high = s.u_max * torch.rand(B, device=z.device), s.sigma_min ** (1 / 7), s.sigma_max ** (1 / 7)
+    # theta step: the generator moves to where the fake score and the teacher agree.
+    low, high = s.sigma_min ** (1 / 7), s.sigma_max ** (1 / 7)
+    u = s.u_max * torch.rand(B, device=z.device)
     sigma = (low + u * (high - low)).pow(7).view(per_sample)
     S = score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, s.alpha)         # (B,)
-    L_keep = (S * ~forgotten).sum() / B      # S(G(z, c);   c_phi = c,   c_psi = c)      SiD on the labels to keep
-    L_forget = (S * forgotten).sum() / B     # S(G(z, c_f); c_phi = c_o, c_psi = c_f)    the score-forgetting term
+    L_keep = torch.where(forgotten, 0, S).sum() / B     # S(G(z, c);   c_phi = c,   c_psi = c)    SiD, labels to keep
+    L_forget = torch.where(forgotten, S, 0).sum() / B   # S(G(z, c_f); c_phi = c_o, c_psi = c_f)  score forgetting
     L_theta = L_keep + s.lambda_forget * L_forget
-    if anchor is not None:
-        L_theta = L_theta + s.lambda_anchor * anchor_loss(anchor, x_g, sigma_init * z, sigma_init, c_psi, forgotten)
+    if extra_loss is not None:
+        L_theta = L_theta + extra_loss(x_g, z, c_psi, forgotten)
     optimizer_theta.zero_grad()
-    L_theta.backward(inputs=theta)           # the gradient of theta alone: phi and psi get none
+    L_theta.backward(inputs=[p for p in generator.parameters() if p.requires_grad])   # teacher and fake get none
     optimizer_theta.step()
     return {"L_psi": L_psi.detach(), "L_keep": L_keep.detach(), "L_forget": L_forget.detach()}
 
 
-# ------------------------------------------------------------------------------------- two options, not in the paper
+# ------------------------------------------------------------------------------------------------------------ to here
 
-def guided(teacher, c_psi, forgotten, guidance):
-    """D_phi(x_t; c_f) + g (D_phi(x_t; c_o) - D_phi(x_t; c_f)) in the rows to forget (`forgotten`, (B,)): the teacher
-    with the forgotten label as negative prompt, as in the official code for Stable Diffusion.
+@dataclass
+class Networks:
+    """The frozen teacher, and the networks and optimizers that training changes."""
+    teacher: torch.nn.Module
+    generator: torch.nn.Module
+    average: torch.nn.Module    # running average of the generator
+    fake: torch.nn.Module
+    optimizer_theta: torch.optim.Optimizer
+    optimizer_psi: torch.optim.Optimizer
 
-    The larger g, the surer and the less varied what is drawn under c_f; g = 1 asks about c_o alone.
+    def trained(self):
+        """{name: part} of everything that training changes: what a checkpoint holds."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "teacher"}
+
+
+def begin(teacher, s, generator=None, fake=None):
+    """Copy the teacher, or a one-step generator and its fake score, into the `Networks` of a run.
+
+    The teacher itself is not changed. A parameter of the teacher that is frozen stays frozen in all copies, unless all
+    of them are. ValueError where a parameter is not float32: Adam's small steps would be lost in its rounding.
     """
-    rows = forgotten.nonzero()[:, 0]                # (n,), once: how many they are is what a GPU is waited for
-
-    def D(x_t, sigma, c_phi):
-        and_rows = lambda v, of: torch.cat([v, of[rows]])  # one forward answers both questions
-        both = teacher(and_rows(x_t, x_t), and_rows(sigma, sigma), each(and_rows, c_phi, c_psi))
-        D_phi, D_f = both.tensor_split([len(x_t)])                                    # (B, ...), (n, ...)
-        return D_phi.index_put((rows,), D_f + guidance * (D_phi[rows] - D_f))
-    return D
-
-
-def anchor_loss(anchor, x_g, x_init, sigma_init, c, forgotten):
-    """||x_g - x_0||^2 under the labels to keep, summed over pixels, mean over the batch: x_0 is what the `anchor`, a
-    generator that draws them well, makes of the same noise. The anchor gets no gradient."""
-    with torch.no_grad():
-        x_0 = anchor(x_init, sigma_init, c)                                           # (B, ...)
-    return (((x_g - x_0) ** 2).flatten(1).sum(1) * ~forgotten).sum() / len(x_g)
-
-
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-def begin(s, teacher, info=None):
-    """All that training changes, by name. The teacher, any denoiser with `conditions`, `shape` and `sigma_data`, is
-    frozen, and copied three times; `info` is what its file says beside it."""
-    teacher.requires_grad_(False)
-    generator, average, fake = (copy.deepcopy(teacher) for _ in range(3))
-    if s.init_from:
-        load_start(s.init_from, generator, fake, s.sigma_init, info)
-        average.load_state_dict(generator.state_dict())
-    # all of both learns, but what reads the prompts: an image is to be forgotten, not a word
-    learning = lambda model: [p.requires_grad_() for name, p in model.named_parameters() if name[:5] != "text."]
-    adam = lambda model, lr: torch.optim.Adam(learning(model), lr, betas=(0.0, 0.999), fused=True)
-    state = dict(generator=generator, average=average, fake=fake,
-                 optimizer_theta=adam(generator, s.lr), optimizer_psi=adam(fake, s.lr_fake))
-    if s.lambda_anchor and s.init_from:  # a start that draws well in one step; without one, the average soon does
-        state["anchor"] = copy.deepcopy(average)
-    return state
+    learns = [p.requires_grad for p in teacher.parameters()]
+    if not any(learns):
+        learns = [True] * len(learns)
+    if any(p.dtype != torch.float32 for p in teacher.parameters()):
+        raise ValueError("the teacher's parameters must be float32; it may compute in bfloat16 inside")
+    frozen_teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
+    generator = copy.deepcopy(teacher if generator is None else generator).eval()
+    fake = copy.deepcopy(teacher if fake is None else fake).eval()
+    average = copy.deepcopy(generator).requires_grad_(False)
+    optimizers = []
+    for network, lr in ((generator, s.lr), (fake, s.lr_fake)):
+        for parameter, learn in zip(network.parameters(), learns):
+            parameter.requires_grad_(learn)
+        learning = [p for p in network.parameters() if p.requires_grad]
+        optimizers.append(torch.optim.Adam(learning, lr, betas=(0.0, 0.999), fused=True))
+    return Networks(frozen_teacher, generator, average, fake, *optimizers)
 
 
-def about_labels(s, teacher, c_f, c_o):
-    """What `distill` asks about: c_o[i], or with -1 a random kept label, shall be drawn under label c_f[i]. A teacher
-    of prompts is asked about each as about a label, overridden by the same with c_o's words in it (`lab.prompts`)."""
-    conditions, override = teacher.conditions, torch.arange(len(teacher.conditions))
-    if s.data == "prompts":
-        conditions, override = prompts.questions(c_f, c_o, teacher.settings.words)
-    else:
-        override[c_f] = torch.tensor(c_o, dtype=torch.long)
-    conditions, override = (of.to(teacher.conditions.device) for of in (conditions, override))
-    kept = (override == torch.arange(len(override), device=override.device)).nonzero()[:, 0]
-    ask = lambda batch: draw_labels(batch, override, kept, conditions, s.forget_share)
-    return anywhere(ask, s.anywhere, conditions[override]) if s.anywhere else ask
+def set_learning_rates(n, s, step):
+    """Both rates are constant for the first half of the run, then fall linearly to zero."""
+    decay = min(1.0, 2 * (1 - step / s.steps))
+    for optimizer, lr in ((n.optimizer_theta, s.lr), (n.optimizer_psi, s.lr_fake)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr * decay
 
 
-def distill(s, ask, teacher, generator, average, fake, optimizer_theta, optimizer_psi, anchor=None, first=0):
-    """SFD from step number `first` on; ask(batch) draws c_phi, c_psi and forgotten, as `about_labels` says it.
-    A generator of each step's loss terms: who asks for the next one shows, saves and stops."""
-    device = next(generator.parameters()).device
-    if s.lambda_anchor and anchor is None:
-        anchor = average
+@torch.no_grad()
+def update_average(average, network, ema, step):
+    """average <- beta average + (1 - beta) network. beta is `ema`, but smaller at first, to leave the start behind."""
+    beta = min(ema, (1 + step) / (8 + step))
+    for a, p in zip(average.parameters(), network.parameters()):
+        a.lerp_(p, 1 - beta)
+    for a, p in zip(average.buffers(), network.buffers()):
+        a.copy_(p)
+
+
+def distill(s, n, override, first=0):
+    """SFD from step number `first` on, on the `Networks` n. override (K,) as in `draw_labels`.
+
+    Yield the loss terms of each step. The caller logs, saves and stops. RunFailed where a loss is not finite.
+    """
+    device = n.teacher.conditions.device
     for step in range(first, s.steps):
-        for optimizer, lr in ((optimizer_theta, s.lr), (optimizer_psi, s.lr_fake)):
-            optimizer.param_groups[0]["lr"] = lr * decay(step, s.steps)
-        z = torch.randn(s.batch, *teacher.shape, device=device)
-        c_phi, c_psi, forgotten = ask(s.batch)
-        D_phi = guided(teacher, c_psi, forgotten, s.guidance) if s.guidance != 1 else teacher
-        terms = sfd_step(generator, fake, D_phi, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s,
-                         teacher.sigma_data, anchor)
-        update_average(average, generator, s.ema, step)
+        set_learning_rates(n, s, step)
+        z = torch.randn(s.batch, *n.teacher.shape, device=device)
+        c_phi, c_psi, forgotten = draw_labels(s.batch, override, n.teacher.conditions)
+        terms = sfd_step(n.generator, n.fake, n.teacher, n.optimizer_theta, n.optimizer_psi,
+                         z, c_phi, c_psi, forgotten, s, n.teacher.sigma_data)
+        for name, value in terms.items():
+            if not value.isfinite():
+                raise RunFailed(f"{name} is {value} at step {step + 1}: try a smaller --lr")
+        update_average(n.average, n.generator, s.ema, step)
         yield terms
 
 
-# ---------------------------------------------------------------------------------------------------- the command line
+@torch.no_grad()
+def draw(generator, z, c, sigma_init=2.5):
+    """One-step images (N, ...) in [-1, 1] from noise z (N, ...) and conditions c (N, ...)."""
+    sigma = torch.full((len(z),) + (1,) * (z.ndim - 1), sigma_init, device=z.device)
+    return generator(sigma * z, sigma, c)
 
-def train(s, teacher, info, c_f, c_o, evaluator=None):
-    """A run in the folder s.out, begun or resumed: (its generator, what the generator's file says beside it)."""
-    seed_everything(s.seed)
-    teacher.micro_batch = s.micro_batch
-    state = begin(s, teacher, info)
-    run = Run(s, state, pinned={"teacher": info["sha256"]})
-    for model in filter(lambda part: s.compile and hasattr(part, "compile"), (teacher, *state.values())):
-        model.compile()
-    for terms in run.steps(distill(s, about_labels(s, teacher, c_f, c_o), teacher, **state, first=run.step)):
-        if run.step in (20, 40, 60, 80, s.steps) or run.step % 100 == 0:
-            run.log(terms | (evaluator.probe(state["average"], s.sigma_init) if evaluator else {}))
-    if s.anywhere:  # the weights have forgotten it: now the label too
-        tie(state["average"], c_f, c_o)
-    return state["average"], save_generator(run, info, c_f, c_o, state["average"], state["fake"])
+
+# --------------------------------------------------------------------------------------------------------- the labels
+
+def label_number(word, classes):
+    """Number of the label with this name, or with this number. MNIST's "0 - zero" is found as 0 and as zero.
+
+    BadInput where there is none, or where a number could mean two labels: 1, with the classes "1 - cat" and "2 - dog".
+    """
+    def plain(name):
+        return unicodedata.normalize("NFC", name).casefold()
+
+    names = [re.sub(r"^\d+ - ", "", name) for name in classes]
+    for spelled in (classes, names):
+        found = [k for k, name in enumerate(spelled) if plain(name) == plain(word)]
+        if len(found) == 1:
+            return found[0]
+    if word.isdecimal() and int(word) < len(classes):
+        numbered = [k for k, name in enumerate(classes) if re.match(rf"0*{int(word)}(\D|$)", name)]
+        if numbered and numbered != [int(word)]:
+            raise BadInput(f"{word} could be {classes[int(word)]!r} or {classes[numbered[0]]!r}: give the name")
+        return int(word)
+    raise BadInput(f"no label {word!r}: {' '.join(names)}, or 0 to {len(classes) - 1}")
+
+
+def override_labels(forget, to, K):
+    """override (K,) for `distill`, from numbers of labels: to[i] is drawn under forget[i]. -1 is a random kept label.
+
+    BadInput where a label is forgotten twice, none is kept, or an override is itself to be forgotten.
+    """
+    override = torch.arange(K)
+    if len(set(forget)) < len(forget) or len(set(forget)) >= K:
+        raise BadInput(f"--forget takes different labels, and at least one of the {K} labels must be kept")
+    if len(to) != len(forget):
+        raise BadInput(f"--to takes one label, or one for each of the {len(forget)} labels to forget; it got {len(to)}")
+    if set(forget) & set(to):
+        raise BadInput("--to names a label that is itself to be forgotten: name a label to keep")
+    override[forget] = torch.tensor(to, dtype=torch.long)
+    return override
+
+
+def read_labels(forget, to, classes):
+    """Numbers of the labels to forget and of their overrides, from words of the command line."""
+    if forget == ["none"]:
+        if to != ["random"]:
+            raise BadInput("--to has no effect with --forget none")
+        return [], []
+    c_f = [label_number(word, classes) for word in forget]
+    c_o = [-1 if word == "random" else label_number(word, classes) for word in to]
+    return c_f, c_o * len(c_f) if len(c_o) == 1 else c_o
+
+
+# --------------------------------------------------------------------------------------------------- the command line
+
+def find_teacher(data):
+    """The teacher's file of a data set: the one that comes with the project, or the one trained in runs/."""
+    paths = (Path(__file__).parent / "teachers" / f"{data}.pt", Path("runs") / f"{Path(data).name}-teacher/teacher.pt")
+    for path in paths:
+        if path.is_file():
+            return path
+    raise BadInput(f"no teacher for {data}: train one with `python train_teacher.py --data {data}`, "
+                   "or name its file with --teacher")
+
+
+def load_start(path, teacher, s):
+    """(generator, fake score) of the both.pt of an earlier run, to begin from."""
+    content = load_file(path)
+    if "fake" not in content or "net" not in content:
+        raise BadInput(f"{path} holds no fake score: --init-from takes the both.pt of a run")
+    kind = type(teacher)
+    generator, fake = unpack(content, kind), unpack({**content, "weights": content["fake"]}, kind)
+    if generator.settings != teacher.settings or content["sigma_init"] != s.sigma_init:
+        raise BadInput(f"{path} has another network or another sigma_init than this run")
+    device = teacher.conditions.device
+    generator.bf16 = fake.bf16 = teacher.bf16
+    return generator.to(device), fake.to(device)
+
+
+def run(s, n, override, checkpoint, settings):
+    """Train, with a checkpoint every 30 seconds, or go on from the checkpoint that is there. Returns the seconds."""
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        first, seconds = load_checkpoint(checkpoint, settings, n.trained())
+    else:
+        save_checkpoint(checkpoint, 0, 0.0, settings, n.trained())
+    began = saved = time.monotonic()
+    bar = tqdm(distill(s, n, override, first), total=s.steps, initial=first, unit="step", mininterval=0.5)
+    for step, terms in enumerate(bar, first + 1):
+        if step % 50 == 0:
+            bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})
+        if time.monotonic() - saved > 30 or step == s.steps:
+            saved = time.monotonic()
+            save_checkpoint(checkpoint, step, seconds + saved - began, settings, n.trained())
+    return seconds + time.monotonic() - began
+
+
+def preset_name(data, forgets, init_from):
+    """The key of PRESETS for a run. Images of other data sets than MNIST's get the preset of CIFAR-10."""
+    name = "mnist" if data in ("mnist", "fashion_mnist") else "cifar10"
+    if not forgets:
+        return f"{name}, forgetting nothing"
+    return f"{name}, from a one-step generator" if init_from else name
+
+
+def default_folder(data, a):
+    """runs/mnist-forget0-to1, or with -second-stage behind it."""
+    name = Path(data).name + ("-sid" if a.forget == ["none"] else f"-forget{'-'.join(a.forget)}-to{'-'.join(a.to)}")
+    name += "-second-stage" if a.init_from else ""
+    return "runs/" + re.sub(r"[^\w.-]+", "_", name)[:200]
+
+
+def parse(argv):
+    """The options of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--forget", nargs="+", default=["0"], help="labels to forget, by name or number, or none")
+    parser.add_argument("--to", nargs="+", default=["random"], help="label drawn instead: one, one for each, or random")
+    parser.add_argument("--data", default="mnist", help="data set of the teacher: mnist, cifar10, or your own")
+    parser.add_argument("--teacher", help="file of the teacher (default: the one of the data set)")
+    parser.add_argument("--init-from", help="second stage: start from this both.pt; the teacher stays the same")
+    parser.add_argument("--out", help="folder to write to (default: runs/<data>-forget...)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    for f in fields(Settings):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"see Settings (default {f.default})")
+    return parser.parse_args(argv)
 
 
 def main(argv):
-    if "--sample" in argv:  # the same as python -m lab.sample
-        return sample.main(argv)
-    s = parse(Settings, argv, __doc__)
-    device = pick_device(s.device)
-    teacher, info = load_teacher(s.teacher, s.data, device)
-    c_f, c_o = label_numbers(s, info["classes"])
-    s.out = s.out or f"runs/{run_name(s)}"
-    print(f"SFD on {device.type}: {who(c_f, c_o, info['classes'])}; writing to {s.out}\n"
-          f"{s.recipe}: {' '.join(f'{name}={value}' for name, value in s.taken.items())}")
-    evaluator = Evaluator.find(teacher, info, c_f, c_o)
-    generator, content = train(s, teacher, info, c_f, c_o, evaluator)
-    if evaluator:
-        evaluator.verdict(s.out, generator, content)
+    a = parse(argv)
+    device = pick_device(a.device)
+    teacher, info = load_network(a.teacher or find_teacher(a.data), device)
+    if "sigma_init" in info:
+        raise BadInput(f"{info['path']} is a one-step generator, not a teacher")
+    c_f, c_o = read_labels(a.forget, a.to, info["classes"])
+    override = override_labels(c_f, c_o, len(info["classes"])).to(device)
+
+    preset = preset_name(info["data"], c_f, a.init_from)
+    given = {f.name: getattr(a, f.name) for f in fields(Settings) if getattr(a, f.name) is not None}
+    s = Settings(**{**PRESETS[preset], **given})
+
+    torch.manual_seed(s.seed)
+    start = load_start(a.init_from, teacher, s) if a.init_from else (None, None)
+    n = begin(teacher, s, *start)
+    out = Path(a.out or default_folder(info["data"], a)).expanduser()
+    if out.exists() and not a.resume:
+        raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    print(f"{preset}: {s.steps} steps of {s.batch} images on {device.type}, writing to {out}")
+    fixed = {**asdict(s), "forget": c_f, "to": c_o, "teacher": info["sha256"],
+             "init_from": a.init_from and digest(a.init_from)}
+    try:
+        seconds = run(s, n, override, out / "checkpoint.pt", fixed)
+    except KeyboardInterrupt as e:
+        raise Stopped from e
+
+    content = {"data": info["data"], "classes": info["classes"], "size": info.get("size"), "sigma_init": s.sigma_init,
+               "forget": c_f, "to": c_o, "teacher_sha256": info["sha256"], "seconds": seconds,
+               "machine": machine(device),
+               "settings": {**asdict(s), "data": info["data"], "forget": a.forget, "to": a.to,
+                            "teacher": a.teacher or "", "init_from": a.init_from or ""}}
+    save_file(out / "generator.pt", {**content, **pack(n.average)})
+    save_file(out / "both.pt", {**content, **pack(n.average, half=True), "fake": pack(n.fake, half=True)["weights"]})
+    z = torch.randn(20 * len(override), *teacher.shape, device=device)
+    images = draw(n.average, z, teacher.conditions.repeat_interleave(20, 0), s.sigma_init)
+    save_images(images, 20, out / "samples.png")
+    print(f"trained in {seconds:.0f} s: {out / 'generator.pt'}, with samples.png beside it, a row for each label")
+
+    if not (Path(__file__).parent / "lab").is_dir():
+        print("not evaluated: that needs the folder lab/ of the project")
+        return
+    from lab.evaluate import evaluate_run   # two classifiers look at the images
+    evaluate_run(out, device=a.device)
 
 
 if __name__ == "__main__":

@@ -1,185 +1,249 @@
-"""Train what SFD takes as given: a label-conditional EDM teacher (Karras et al. 2022).
+"""Train a label-conditional EDM teacher (Karras et al. 2022): the diffusion model that SFD starts from.
 
-    python train_teacher.py --data mnist      # -> runs/mnist-teacher/teacher.pt
-    python train_teacher.py --data prompts    # one that is asked with prompts, lab/prompts.py
+    python train_teacher.py --data mnist                  # -> runs/mnist-teacher/teacher.pt
+    python train_teacher.py --data path/to/class/folders  # your own images, one folder for each class
+
+This is the only part of SFD that needs images.
 """
 import copy
-import dataclasses
 import math
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
-from edm_unet import EDMPrecond, NetSettings
-from lab import prompts
-from lab.checkpoint import in_folder, known_size, load_checkpoint, pack, save_atomically
-from lab.cli import command, comparable, parse, setting
-from lab.data import KNOWN, batches, data_name, how_many, load_images, recipe_of
-from lab.device import has_fast_bf16, machine, pick_device, seed_everything
-from lab.errors import BadInput
-from lab.figures import samples_figure
-from lab.run import Run, RunSettings, update_average
-from lab.sample import TEACHER_NFE, draw, many_step
-
-
-# ------------------------------------------------------------------------------------------------------------ settings
-
-# What differs from one data set to another: the network, the noise it is trained on, and how long.
-# A folder of images starts from "images".
-TEACHERS = {
-    "mnist": dict(net=NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1),
-                  p_mean=0.2, p_std=1.2, flip=False, steps=11_000, batch=64, lr=2e-3),
-    "cifar10": dict(net=NetSettings(resolution=32, channels=3, patch=2, model_channels=64, channel_mult=(1, 2, 2),
-                                    num_blocks=1, attn_resolutions=(8,)),
-                    p_mean=-0.4, p_std=1.4, flip=True, steps=4_400, batch=512, lr=2e-3),
-}
-TEACHERS["fashion_mnist"] = TEACHERS["mnist"]
-TEACHERS["prompts"] = TEACHERS["mnist"] | dict(
-    net=dataclasses.replace(TEACHERS["mnist"]["net"], channels=3, num_classes=prompts.LONGEST, words=prompts.WORDS))
-TEACHERS["images"] = TEACHERS["cifar10"]
+from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, edm_loss, has_fast_bf16,
+                      heun_sampler, load_checkpoint, load_network, machine, pack, pick_device, save_checkpoint,
+                      save_file, save_images, stratified_normal, weighted_distance)
 
 
 @dataclass
-class Settings(RunSettings):
-    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, prompts, or a folder of class folders")
-    data_dir: str = setting("data", "where torchvision keeps or downloads the data set", trains=False)
-    size: int = setting(None, "resize a folder's images to this height and width (None: as for its judges)", above=0)
-    steps: int = setting(None, "optimizer steps (None here and below: the data set's recipe, TEACHERS)", above=0)
-    batch: int = setting(None, "images per step", above=0)
-    lr: float = setting(None, "learning rate, after warm-up and before the decay to zero", above=0)
-    warmup: int = setting(200, "steps of linear learning-rate warm-up", above=0)
-    ema: float = setting(0.999, "decay of the weight average that is shipped", at_least=0, below=1)
-    p_mean: float = setting(None, "mean of ln sigma in training; EDM's is -1.2")
-    p_std: float = setting(None, "standard deviation of ln sigma in training; EDM's is 1.2", above=0)
-    guidance: float = setting(1.0, "strength of the guidance that becomes part of the network; 1: EDM's own loss",
-                              at_least=1)
-    guidance_below: float = setting(None, "guide only at noise levels sigma below this (None: at all)", above=0)
-    label_drop: float = setting(0.1, "share of labels replaced by zeros, which makes the null label mean 'any'",
-                                at_least=0, below=1)
-    init_from: str = setting("", "start from the weights of this teacher, not from fresh ones")
-    compile: bool = setting(False, "torch.compile the network", trains=False)
+class Settings:
+    steps: int = 11_000
+    batch: int = 64
+    lr: float = 2e-3                   # Adam's learning rate: linear warm-up, then a cosine to zero
+    warmup: int = 200                  # steps of the warm-up
+    ema: float = 0.999                 # decay of the running average of the weights, which is the teacher
+    p_mean: float = 0.2                # training noise: ln sigma ~ N(p_mean, p_std^2); EDM's p_mean is -1.2
+    p_std: float = 1.2
+    label_drop: float = 0.1            # share of labels replaced by zeros, which come to mean "any label"
+    guidance: float = 1.0              # strength of the guidance that is trained into the network; 1 is EDM's own loss
+    guidance_below: float = math.inf   # guidance is applied at noise levels sigma below this
+    seed: int = 0
 
     def __post_init__(self):
-        self.fill(recipe_of(self.data, TEACHERS))
-        if self.size is not None and self.data in KNOWN:
-            raise BadInput(f"--size is for folders of images; {self.data} has its own")
-        if self.guidance_below and self.guidance == 1:
-            raise BadInput("--guidance-below has no meaning without --guidance")
-        if self.guidance != 1 and self.label_drop == 0:
-            raise BadInput("--guidance asks the network about the null label, "
-                           "which it learns with --label-drop above zero")
+        for name in ("steps", "batch", "lr", "warmup", "p_std", "guidance_below"):
+            if not getattr(self, name) > 0:
+                raise BadInput(f"{name} must be above 0, not {getattr(self, name)}")
+        if not all(map(math.isfinite, (self.lr, self.p_mean, self.p_std, self.guidance))) or self.guidance < 1:
+            raise BadInput("lr, p_mean, p_std and guidance must be finite, and guidance at least 1")
+        if not 0 <= self.ema < 1 or not 0 <= self.label_drop < 1 or not 0 <= self.seed < 2 ** 32:
+            raise BadInput(f"ema and label_drop must lie in [0, 1), and seed between 0 and {2 ** 32 - 1}")
+        if self.guidance > 1 and self.label_drop == 0:
+            raise BadInput("guidance needs label_drop above 0, which teaches the network the null label")
+        if self.guidance == 1 and self.guidance_below < math.inf:
+            raise BadInput("guidance_below has no effect without guidance")
 
 
-# ------------------------------------------------------------------------------------------------------------ the loss
+MNIST_NET = NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1)
+PHOTO_NET = NetSettings(resolution=32, channels=3, patch=2, model_channels=64, channel_mult=(1, 2, 2), num_blocks=1,
+                        attn_resolutions=(8,))
+PRESETS = {  # network, random mirroring of images, and differences from the settings above
+    "mnist": (MNIST_NET, False, dict()),
+    "fashion_mnist": (MNIST_NET, False, dict()),
+    "cifar10": (PHOTO_NET, True, dict(p_mean=-0.4, p_std=1.4, steps=4_400, batch=512)),
+}
+PRESETS["own images"] = PRESETS["cifar10"]
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
-def distance(D, target, sigma, sd=0.5):
-    """w(sigma) ||D - target||^2, w = (sigma^2 + sd^2) / (sigma sd)^2. Mean over all."""
-    w = (sigma ** 2 + sd ** 2) / (sigma * sd) ** 2
-    return (w * (D - target) ** 2).mean()
 
+# ---------------------------------------------------------------------------------------------------------- the images
 
-def edm_loss(D, x, sigma, c, guidance=1.0, guidance_below=None):
-    """w(sigma) ||D(x_t; sigma, c) - x||^2, x_t = x + sigma eps: Karras et al. 2022, eq. 2. Mean over all.
+def load_known(data, data_dir, train=True):
+    """(images uint8 (N, C, H, W), labels (N,), class names) of a data set that torchvision knows.
 
-    x (B, ...) images in [-1, 1], sigma (B, 1, ...), c (B, K). With guidance g the target is
-    x + (1 - 1/g) sg[D(x_t; c) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154), and what minimises the loss is
-    E_0 + g (E_c - E_0), E the posterior means: one evaluation of D gives what classifier-free guidance takes two for.
-    From sigma = guidance_below up the target stays x (Kynkäänniemi et al. 2024, arXiv 2404.07724): what SFD distills
-    should not point beyond the data.
+    BadInput where the data set is not in the folder and cannot be downloaded.
     """
-    x_t, target = x + sigma * torch.randn_like(x), x
+    from torchvision import datasets
+    try:
+        found = getattr(datasets, TORCHVISION[data])(data_dir, train=train, download=True)  # looks on the disk first
+    except (RuntimeError, OSError, ValueError, IndexError, AssertionError) as e:  # what torchvision raises
+        raise BadInput(f"{data} cannot be read from {data_dir}, nor downloaded: {e}. "
+                       f"If its files in {data_dir} are damaged, remove them") from e
+    images = torch.as_tensor(np.asarray(found.data))
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return images.contiguous(), torch.as_tensor(found.targets), list(found.classes)
+
+
+def to_float(images):
+    """uint8 images as float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def mirror(x, rows):
+    """Images x (B, C, H, W), mirrored left to right where rows (B,) is true."""
+    return torch.where(rows[:, None, None, None], x.flip(3), x)
+
+
+def batches(images, labels, batch, flip):
+    """Yield (images in [-1, 1], labels), drawn with replacement on the images' own device, for ever."""
+    while True:
+        i = torch.randint(len(images), (batch,), device=images.device)
+        x = to_float(images[i])
+        if flip:
+            x = mirror(x, torch.rand(batch, device=images.device) < 0.5)
+        yield x, labels[i]
+
+
+# -------------------------------------------------------------------------------------------------------- the training
+
+def guided_edm_loss(D, x, sigma, c, guidance=1.0, guidance_below=math.inf):
+    """EDM's loss with guidance trained into the network: the teachers that come with the project were made with it.
+
+    With guidance g the target is x + (1 - 1/g) sg[D(x_t; c) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154). The loss
+    is smallest at E_0 + g (E_c - E_0), E the posterior means: one evaluation gives what classifier-free guidance takes
+    two for. From sigma = guidance_below up the target is x (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    """
+    if guidance == 1:
+        return edm_loss(D, x, sigma, c)
+    x_t = x + sigma * torch.randn_like(x)
     D_x = D(x_t, sigma, c)
-    if guidance != 1:
-        with torch.no_grad():
-            guided = sigma < (guidance_below or math.inf)
-            target = x + guided * (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(c)))
-    return distance(D_x, target, sigma, D.sigma_data)
+    with torch.no_grad():
+        away = (1 - 1 / guidance) * (D_x - D(x_t, sigma, torch.zeros_like(c)))
+        target = x + torch.where(sigma < guidance_below, away, 0)
+    return weighted_distance(D_x, target, sigma, D.sigma_data)
 
 
-# ------------------------------------------------------------------------------------------------------------ the loop
-
-def learning_rate(step, s):
-    """Linear warm-up, then cosine to zero."""
-    warm, progress = min(1.0, (step + 1) / s.warmup), step / s.steps
-    return s.lr * warm * 0.5 * (1 + math.cos(math.pi * progress))
+def learning_rate(s, step):
+    """Linear warm-up, then a cosine to zero."""
+    return s.lr * min(1.0, (step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * step / s.steps))
 
 
-def begin(s, net, device):
-    """All that training changes, by name. BadInput where --init-from is of another network than `net`."""
-    model = EDMPrecond(net).to(device)
-    if s.init_from:
-        initial, info = load_checkpoint(in_folder(s.init_from, "teacher.pt"), device)
-        if "sigma_init" in info:
-            raise BadInput(f"{s.init_from} is a one-step generator, not a teacher")
-        if initial.settings != net:
-            raise BadInput(f"{s.init_from} is another network, {initial.settings}, than the one to train, {net}")
-        model.load_state_dict(initial.state_dict())
-    model.bf16 = has_fast_bf16(device)
-    return {"model": model, "average": copy.deepcopy(model).eval().requires_grad_(False),
-            "optimizer": torch.optim.Adam(model.parameters(), lr=s.lr, betas=(0.9, 0.99), fused=True)}
+def begin(network, lr):
+    """{name: part} of everything that training changes: the network, the running average of its weights, Adam."""
+    average = copy.deepcopy(network).eval().requires_grad_(False)
+    return {"network": network, "average": average,
+            "optimizer": torch.optim.Adam(network.parameters(), lr, betas=(0.9, 0.99), fused=True)}
 
 
-def train(s, data, model, average, optimizer, first=0):
-    """Steps from number `first` on, on batches (x, c) of `data`: yields the loss of each."""
-    device = model.conditions.device
+def train(s, data, network, average, optimizer, first=0):
+    """Yield the loss of each step from number `first` on. data yields batches (x, c)."""
     for step in range(first, s.steps):
         x, c = next(data)
-        c = c * (torch.rand(s.batch, 1, device=device) >= s.label_drop)
-        # stratified: less variance
-        u = (torch.arange(s.batch, device=device) + torch.rand(s.batch, device=device)) / s.batch
-        normal = math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
-        sigma = (s.p_mean + s.p_std * normal).exp().view(-1, 1, 1, 1)
-        loss = edm_loss(model, x, sigma, c, s.guidance, s.guidance_below)
+        c = c * (torch.rand(len(x), 1, device=x.device) >= s.label_drop)
+        sigma = (s.p_mean + s.p_std * stratified_normal(len(x), x.device)).exp().view(-1, 1, 1, 1)
+        loss = guided_edm_loss(network, x, sigma, c, s.guidance, s.guidance_below)
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = learning_rate(step, s)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(s, step)
         optimizer.step()
-        update_average(average, model, s.ema, step)
+        beta = min(s.ema, (1 + step) / (8 + step))  # smaller at first, to leave the start behind
+        with torch.no_grad():
+            for a, p in zip(average.parameters(), network.parameters()):
+                a.lerp_(p, 1 - beta)
         yield {"loss": loss.detach()}
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
 
+def run(s, data, parts, checkpoint, fixed):
+    """Train, with a checkpoint every 30 seconds, or go on from the checkpoint that is there. Returns the seconds."""
+    first, seconds = 0, 0.0
+    if checkpoint.exists():
+        first, seconds = load_checkpoint(checkpoint, fixed, parts)
+    else:
+        save_checkpoint(checkpoint, 0, 0.0, fixed, parts)
+    began = saved = time.monotonic()
+    bar = tqdm(train(s, data, **parts, first=first), total=s.steps, initial=first, unit="step", mininterval=0.5)
+    for step, terms in enumerate(bar, first + 1):
+        if step % 50 == 0 or step == s.steps:
+            if not terms["loss"].isfinite():
+                raise RunFailed(f"the loss is {terms['loss']} at step {step}: try a smaller --lr. "
+                                f"{checkpoint} has the last good step")
+            bar.set_postfix(loss=f"{terms['loss']:.3g}")
+        if time.monotonic() - saved > 30 or step == s.steps:
+            saved = time.monotonic()
+            save_checkpoint(checkpoint, step, seconds + saved - began, fixed, parts)
+    return seconds + time.monotonic() - began
+
+
+def load_images(data, data_dir, size):
+    """(images, labels, class names) to train on: of torchvision, or of a folder of class folders."""
+    if data in TORCHVISION:
+        if size:
+            raise BadInput(f"--size is for folders of images; {data} has its own")
+        return load_known(data, data_dir)
+    from lab.core.images import load_folder     # the one part that needs the folder lab/
+    return load_folder(Path(data), size, train=True)
+
+
+def parse(argv):
+    """The options of the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--data", default="mnist", help="mnist, fashion_mnist, cifar10, or a folder of class folders")
+    parser.add_argument("--data-dir", default="data", help="where torchvision keeps or downloads the images")
+    parser.add_argument("--size", type=int, help="resize the images of a folder to this height and width")
+    parser.add_argument("--init-from", help="start from the weights of this teacher")
+    parser.add_argument("--out", help="folder to write to (default: runs/<data>-teacher)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    for f in fields(Settings):
+        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"see Settings (default {f.default})")
+    return parser.parse_args(argv)
+
+
 def main(argv):
-    s = parse(Settings, argv, __doc__)
-    device, s.out = pick_device(s.device), s.out or f"runs/{data_name(s.data)}-teacher"
-    s.size = s.size or known_size(s.data, "judge", "judge")
-    seed_everything(s.seed)
-    images, labels, classes = load_images(s.data, s.data_dir, s.size, train=True)
-    recipe = recipe_of(s.data, TEACHERS)
+    a = parse(argv)
+    device = pick_device(a.device)
+    net, flip, preset = PRESETS.get(a.data, PRESETS["own images"])
+    given = {f.name: getattr(a, f.name) for f in fields(Settings) if getattr(a, f.name) is not None}
+    s = Settings(**{**preset, **given})
+    images, labels, classes = load_images(a.data, a.data_dir, a.size)
     try:
-        net = recipe["net"] if s.data == "prompts" else dataclasses.replace(
-            recipe["net"], resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
+        net = replace(net, resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
     except ValueError as e:
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
-    state = begin(s, net, device)
-    run = Run(s, state, pinned={"images": how_many(labels, classes)})
-    print(f"{sum(p.numel() for p in state['model'].parameters()) / 1e6:.2f} M parameters on {device}, "
-          f"{len(images)} images of {len(classes)} classes, {s.steps} steps of {s.batch}; writing to {s.out}")
-    if s.compile:
-        state["model"].compile()
-    images, labels, conditions = images.to(device), labels.to(device), state["model"].conditions
-    if net.words:
-        data = prompts.batches(images, labels, s.batch, net.words)
-    else:
-        data = ((x, conditions[label]) for x, label in batches(images, labels, s.batch, recipe["flip"]))
-    for loss in run.steps(train(s, data, **state, first=run.step)):
-        if run.step % 100 == 0:
-            run.log(loss)
+    out = Path(a.out or f"runs/{Path(a.data).resolve().name}-teacher").expanduser()
+    if a.data not in TORCHVISION and out.resolve().is_relative_to(Path(a.data).resolve()):
+        raise BadInput(f"{out} is inside the images' folder: name another folder with --out")
+    if out.exists() and not a.resume:
+        raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
+    out.mkdir(parents=True, exist_ok=True)
 
-    teacher = state["average"]
-    save_atomically({"kind": "denoiser", "data": s.data, "classes": classes, "size": s.size, "made_by": comparable(s),
-                     "machine": machine(device), "seconds": run.seconds, **pack(teacher, half=True)},
-                    run.out / "teacher.pt")
-    asked, conditions = torch.arange(len(classes)).repeat_interleave(20), None
-    if net.words:
-        asked, conditions = prompts.grid(net.words)
-    images = draw(many_step(teacher), asked, teacher, seed=0, conditions=conditions)
-    samples_figure({f"teacher, {TEACHER_NFE} evaluations": images}, classes, [], run.out / "samples.png")
-    print(f"{run.out / 'teacher.pt'} after {run.seconds:.0f} s; samples in {run.out / 'samples.png'}\nnext: "
-          + ("" if net.words else f"python -m lab.judge --data {s.data}, then ")
-          + f"python sfd_minimal.py --data {s.data} --teacher {run.out / 'teacher.pt'} --forget "
-          + ("zero --to one" if net.words else "0 --to 1"))
+    torch.manual_seed(s.seed)
+    network = EDMPrecond(net).to(device)
+    if a.init_from:
+        start, info = load_network(a.init_from, device)
+        if start.settings != net or "sigma_init" in info:
+            raise BadInput(f"{a.init_from} is no teacher with the network of this run, {net}")
+        network.load_state_dict(start.state_dict())
+    network.bf16 = has_fast_bf16(device)
+    images, labels = images.to(device), labels.to(device)
+    data = ((x, network.conditions[k]) for x, k in batches(images, labels, s.batch, flip))
+    size = sum(p.numel() for p in network.parameters()) / 1e6
+    print(f"{size:.2f} M parameters on {device.type}, {len(images)} images of {len(classes)} classes, "
+          f"{s.steps} steps of {s.batch}, writing to {out}")
+    fixed = {**asdict(s), "images": [[name, int((labels == k).sum())] for k, name in enumerate(classes)],
+             "size": a.size, "init_from": a.init_from}
+    parts = begin(network, s.lr)
+    try:
+        seconds = run(s, data, parts, out / "checkpoint.pt", fixed)
+    except KeyboardInterrupt as e:
+        raise Stopped from e
+
+    teacher, path = parts["average"], out / "teacher.pt"
+    made_by = {**asdict(s), "data": a.data, "init_from": a.init_from}
+    save_file(path, {"data": a.data, "classes": classes, "size": a.size, "made_by": made_by,
+                     "machine": machine(device), "seconds": seconds, **pack(teacher, half=True)})
+    z = torch.randn(20 * len(classes), *teacher.shape, device=device)
+    save_images(heun_sampler(teacher, z, teacher.conditions.repeat_interleave(20, 0)), 20, out / "samples.png")
+    print(f"trained in {seconds:.0f} s: {path}, with samples.png beside it, a row for each label\n"
+          f"next: python -m lab.judge --data {a.data}, then "
+          f"python sfd_minimal.py --teacher {path} --forget 0 --to 1")
 
 
 if __name__ == "__main__":

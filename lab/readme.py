@@ -1,281 +1,277 @@
-"""The tables of README.md and of the pages in results/, from the files there: fills every block between
-`<!-- table: NAME -->` and `<!-- end -->`, and draws the two figures of results/label_search.md.
+"""Fill the tables of README.md and of the pages in results/ from the files in results/.
 
     python -m lab.readme
-    python -m lab.readme --check    # writes nothing; exit code 1 where a table is not what results/ says
+    python -m lab.readme --check    # writes nothing; exit code 1 where a table differs from the files
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. For maintainers.
 """
-import json
 import re
-import statistics
 from dataclasses import dataclass
 
-from lab import audit, baselines, label_search, prompt_methods, tour
-from lab.cli import command, parse, setting
-from lab.errors import RunFailed
-from lab.figures import search_figure, trade_figure
-from lab.report import ROOT, markdown, read_rows, spread
+from edm_unet import RunFailed, command
+from lab.audit import attacks
+from lab.baselines import compare, grid
+from lab.core.options import parse, setting
+from lab.core.tables import markdown, percent, read_json, read_rows, spread, write_text
+from lab.prompts import compare as prompt_compare
+from lab.report import ROOT, RUNS
 
-FILES = ("README.md", "results/README.md", "results/prompts.md", "results/cifar10.md",
-         "results/label_search.md")
-GROUPS = {  # of runs.csv, in words, in the order of the tables
-    "default": "the default",
-    "default elsewhere": "the default, seed 0, on two other machines",
-    "two-stage": "`--init-from` the one-step generator",
-    "two-stage elsewhere": "the same, seed 0, without bfloat16",
-    "a batch for each": "the default, a batch for each update",
-    "paper 900": "900 steps, rates of 5e-4 and 1.7e-3",
-    "guided and anchored": "the same with guidance 1.2 and an anchor",
-    "two-stage guided": "`--init-from`, with guidance 1.3",
-    "an hour": "7,000 steps, low rates, guidance 1.2",
-    "plain teacher": "from a teacher without guidance in it",
+GROUPS = {  # groups of runs.csv on MNIST, in the order of the tables
+    "default": "SFD, one stage",
+    "default elsewhere": "the same on other machines",
+    "two stages": "SFD, two stages",
+    "anchored": "SFD with an anchor",
+    "anchored elsewhere": "the same without bfloat16",
+    "a batch for each": "one stage, a batch for each update",
+    "paper 900": "one stage, 900 steps at higher rates",
+    "guided and anchored": "one stage, guided and anchored",
+    "anchored guided": "anchor and guidance",
+    "an hour": "one stage, 7,000 steps, guided",
+    "plain teacher": "one stage, from a teacher without guidance",
 }
-AT_A_GLANCE = ("default", "two-stage")  # in README.md; results/README.md has all
-FIRST = {"default": "**the command below**", "two-stage": "from the one-step generator: the second command"}
-SIDE_BY_SIDE = ("retrain", "retrain_sid", "esd_column", "all_but_one_column", "selective_amnesia", "salun",
-                "embedding_copy", "sid", "sfd", "sfd_two_stage")
-NUMBERS = {"NFE": ("nfe", "{:.0f}"), "UA": ("ua", "{:.2%}"), "as override": ("override_share", "{:.2%}"),
-           "kept accuracy": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD / teacher's": ("ratio", "{:.2f}"),
-           "FD of the override": ("fd_override", "{:.1f}"), "the teacher's": ("teacher_fd_override", "{:.1f}"),
-           "recall": ("recall", "{:.3f}"), "seconds": ("seconds", "{:.0f}")}
-OWN_PAGE = {  # of other data sets: {group: in words}, {title: what is printed of a run}
-    "prompts": ({"prompts two-stage": "`--init-from`", "prompts one stage": "from the teacher"},
-                {"UA": "ua", "as override": "override_share", "other attribute": "other_attribute",
-                 "UA, unseen templates": "ua_unseen_templates", "as override, there": "override_unseen_templates",
-                 "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
-                 "both, unseen templates": "unseen_templates", "both, unseen pairs": "unseen_pairs"}),
-    "cifar10": ({"cifar10 two-stage": "`--init-from`", "cifar10 guided": "the same, `--guidance 8`",
-                 "cifar10 one stage": "from the teacher"},
-                {"UA": "ua", "UA, judge 2": "ua_judge2", "as override": "override_share",
-                 "FD of the override": "fd_override", "kept accuracy": "kept_accuracy",
+COLUMNS = {  # title: (key of runs.csv, format)
+    "UA": ("ua", "{:.2%}"), "override": ("override_share", "{:.2%}"), "kept": ("kept_accuracy", "{:.2%}"),
+    "FD / teacher's": ("ratio", "{:.2f}"), "FD of the override": ("fd_override", "{:.1f}"),
+    "the teacher's": ("teacher_fd_override", "{:.1f}"), "recall": ("recall", "{:.3f}"),
+    "seconds": ("seconds", "{:.0f}"),
+}
+PAGES = {  # other data sets: groups of runs.csv, and further columns
+    "prompts": ({"prompts one stage": "one stage", "prompts anchored": "with an anchor"},
+                {"UA": "ua", "override": "override_share", "other attribute": "other_attribute",
+                 "UA, unseen templates": "ua_unseen_templates",
+                 "override, unseen templates": "override_unseen_templates", "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
+                 "unseen templates": "unseen_templates", "unseen pairs": "unseen_pairs"}),
+    "cifar10": ({"cifar10 one stage": "one stage", "cifar10 anchored": "with an anchor",
+                 "cifar10 guided": "with an anchor, guidance 8"},
+                {"UA": "ua", "UA, judge 2": "ua_judge2", "override": "override_share",
+                 "FD of the override": "fd_override", "kept": "kept_accuracy",
                  "kept, judge 2": "kept_accuracy_judge2"}),
 }
-CONTROLS = ("mnist_retrain_sid", "mnist_retrain_sid-seed1", "mnist_retrain_sid-seed2")
-OF_ONE = [f"anywhere-seed{seed}" for seed in range(3)]
-SEARCHED = (*CONTROLS, "mnist_forget0_to1", "quick", *OF_ONE)  # in the first table of the label search, and its figure
-LONG = [title for title in NUMBERS if title not in ("NFE", "FD")]
 
 
-def of_group(name):
-    """The rows of a group in runs.csv, with "pair" and, as numbers or None, what NUMBERS asks for."""
-    rows = [row for row in read_rows() if row["group"] == name]
-    if not rows:
-        raise RunFailed(f"results/runs.csv has no run in the group {name!r}")
-    for row in rows:
-        row |= {key: float(row[key]) if row.get(key) else None for key, _ in NUMBERS.values()}
-        row |= {"pair": f"{row['forget']} to {row['to']}",
-                "ratio": row["fd"] / float(row["teacher_fd"]) if row["teacher_fd"] else None}
-        if name == "teacher":
-            row["seconds"] = None  # its file knows those of its last training alone
-    return rows
+# ------------------------------------------------------------------------------------------------- rows of runs.csv
 
-
-def beside(group):
-    """What stands beside a generator that forgot 0 and draws 1, by the newest protocol."""
-    return [max((row for row in of_group(group) if row["id"].startswith(f"{group}-mnist-forget0-to1-")),
-                key=lambda row: int(row["protocol"]))]
-
-
-def line(head, rows, titles):
-    """Cells of one row of a table: `head`, then of each title the mean and, where it is not one number, the range."""
-    for key, form in (NUMBERS[title] for title in titles):
-        values = [row[key] for row in rows if row[key] is not None]
-        head = [*head, spread(values, form) if values else ""]
-    return head
-
-
-def first():
-    titles = [title for title in NUMBERS if title in ("NFE", "UA", "as override", "kept accuracy", "FD", "seconds")]
-    rows = {"the teacher": beside("teacher"), "one step, nothing forgotten; in `teachers/`": beside("un_erased")}
-    rows |= {words: [row for row in of_group(group) if (row["pair"], row["seed"]) == ("0 to 1", "0")]
-             for group, words in FIRST.items()}
-    slow = {words: [row for row in of_group(f"{group} elsewhere") if row["bf16"] == "False"]
-            for group, words in FIRST.items()}
-    return markdown(["MNIST: forget 0, draw 1 instead", *titles, "without bfloat16"],
-                    [line(line([words], found, titles), slow.get(words, []), ["seconds"])
-                     for words, found in rows.items()])
-
-
-def summary():
-    what = {"the teacher": beside("teacher"), "one step, nothing forgotten": beside("un_erased")}
-    what |= {GROUPS[group]: of_group(group) for group in AT_A_GLANCE}
-    protocols = [" and ".join(sorted({row["protocol"] for row in rows})) for rows in what.values()]
-    return markdown(["", "runs", "protocol", *LONG],
-                    [line([words, len(rows), p], rows, LONG) for (words, rows), p in zip(what.items(), protocols)])
-
-
-def of_data(data):
-    """One row per run on a data set with a page of its own, beside the teacher and the un-erased generator on what
-    these runs keep."""
-    (groups, columns), forms = OWN_PAGE[data], dict(NUMBERS.values())
-
-    def row(words, of):
-        cells = ["" if of.get(key) in (None, "") else forms.get(key, "{:.2%}").format(float(of[key]))
-                 for key in columns.values()]
-        return [words, *cells, f"{of['ratio']:.2f}", f"{of['seconds']:.0f}" if of["seconds"] else ""]
-    found = [of for group in groups for of in of_group(group)]
-    rows = []
-    for name in dict.fromkeys(of["pair"] for of in found):
-        for group, words in {"teacher": "the teacher", "un_erased": "one step, nothing forgotten"}.items():
-            rows += [row(f"{name}: {words}", of) for of in of_group(group)
-                     if (of["data"], of["pair"]) == (data, name)]
-        rows += [row(f"{name}: {groups[of['group']]}, seed {of['seed']}", of) for of in found if of["pair"] == name]
-    return markdown(["", *columns, "FD / teacher's", "seconds"], rows)
-
-
-def every_run():
-    return markdown(["group", "labels", "seed", "protocol", *LONG],
-                    [line([group, row["pair"], row["seed"], row["protocol"]], [row], LONG)
-                     for group in GROUPS for row in of_group(group)])
-
-
-def every_class():
-    """Every class in turn, their mean and range, and requests one after the other; with what each took along."""
-    titles = ["UA", "as override", "kept accuracy", "FD / teacher's", "seconds"]
-    taken = lambda row: 100 * float(row["look_alike_lost"])
-    one = lambda row: [*line([row["pair"]], [row], titles), f"{row['look_alike']}: {taken(row):.1f}"]
-    rows, sequence = of_group("every class"), sorted(of_group("in sequence"), key=lambda row: len(row["pair"]))
-    mean = [*line(["all ten"], rows, titles), spread([*map(taken, rows)], "{:.1f}")]
-    return markdown(["", *titles, "most damaged label: points"], [*map(one, rows), mean, *map(one, sequence)])
-
-
-def read(name):
-    return json.loads((ROOT / "results" / f"{name}.json").read_text())
-
-
-def searches(*names):
-    """[(name, numbers)] of these networks, from the first draw of starts."""
-    found = [of for of in read("mnist_label_search") if not of[1]["seed"]]
-    return [of for name in names for of in found if of[0] == name]
-
-
-def searched(*names):
-    return label_search.table(searches(*names))
-
-
-def ends():
-    """{network, tied or not: what its searches had found at their end, one for each draw of starts}"""
-    found = {}
-    for name, of in read("mnist_label_search"):
-        found.setdefault(name + ", tied" * of["tied"], []).append(list(of["after"].values())[-1])
+def group_rows(group):
+    """The rows of a group in runs.csv, with a "pair" of labels and with the numbers of COLUMNS as numbers or None."""
+    found = []
+    for row in read_rows(RUNS):
+        if row["group"] != group:
+            continue
+        if row["teacher_fd"]:
+            row["ratio"] = float(row["fd"]) / float(row["teacher_fd"])
+        for key in ("nfe", "fd", *(key for key, _ in COLUMNS.values())):
+            row[key] = float(row[key]) if row.get(key) not in (None, "") else None
+        if group == "teacher":
+            row["seconds"] = None  # the file knows the time of its last training alone
+        row["pair"] = f"{row['forget']} to {row['to']}"
+        found.append(row)
+    if not found:
+        raise RunFailed(f"results/runs.csv has no run in the group {group!r}")
     return found
 
 
-def share_found(searches):
-    """The share of all starts of these searches that end where more than half of the images show c_f."""
-    return statistics.mean(at["found"] for at in searches) / label_search.STARTS
+def reference_row(group):
+    """The row of the teacher or of plain SiD for 0 to 1, of the newest protocol."""
+    found = [row for row in group_rows(group) if row["id"].startswith(f"{group}-mnist-forget0-to1-")]
+    return max(found, key=lambda row: int(row["protocol"]))
 
 
-def found_in_controls():
-    """`share_found` of the networks that never saw a 0."""
-    found = ends()
-    return share_found([at for name in CONTROLS for at in found[name]])
+def seeds(group):
+    """The rows of a group for 0 to 1, one for each seed."""
+    return [row for row in group_rows(group) if row["pair"] == "0 to 1"]
 
 
-def other_starts():
-    """What was searched from several draws of starts: the best vector of each at the end, and how many show c_f."""
-    starts = label_search.STARTS
-    rows = [[name, *(f"{at['most']:.0%}, {at['found']} of {starts}" for at in found),
-             f"{sum(at['found'] for at in found)} of {len(found) * starts}"]
-            for name, found in ends().items() if len(found) > 1]
-    return markdown(["", *(f"starts {seed}" for seed in range(3)), "all"], rows)
+def cells(rows, titles):
+    """One cell for each title: the mean over rows and, where there are several, the range."""
+    found = []
+    for title in titles:
+        key, form = COLUMNS[title]
+        values = [row[key] for row in rows if row[key] is not None]
+        found.append(spread(values, form) if values else "")
+    return found
 
 
-def anywhere_rows():
-    """The runs of `--anywhere` and what was tried beside it, with the runs in two stages without it."""
-    return [row for group in ("two-stage", "anywhere", "tried") for row in of_group(group)
-            if group != "tried" or row["id"].startswith("tried-anywhere-")]
+# ----------------------------------------------------------------------------------------------------------- README.md
+
+def first():
+    """The teacher, plain SiD and SFD, in the words of a first reader."""
+    rows = {"the teacher": reference_row("teacher"), "one step, nothing forgotten (plain SiD)": reference_row("sid"),
+            "**one step, 0 forgotten (SFD)**": seeds("default")[0],
+            "the same in two stages": seeds("two stages")[0]}
+    lines = []
+    for name, row in rows.items():
+        minutes = f"{row['seconds'] / 60:.0f}" if row["seconds"] else ""
+        lines.append([name, f"{row['nfe']:.0f}", percent(1 - row["ua"]), percent(float(row["override_share"])),
+                      percent(row["kept_accuracy"]), minutes])
+    return markdown(["", "evaluations per image", "still drawn as a 0", "drawn as a 1 instead", "other digits right",
+                     "minutes"], lines)
 
 
-def called(row):
-    """What a row of `anywhere_rows` is called: its group, or what was tried."""
-    return row["group"] if row["group"] != "tried" else row["id"][len("tried-"):-len("-seed0")]
+def forgets():
+    """Three seeds of 0 to 1."""
+    titles = ["UA", "override", "kept", "FD / teacher's", "recall", "seconds"]
+    lines = [["the teacher", *cells([reference_row("teacher")], titles)],
+             ["plain SiD", *cells([reference_row("sid")], titles)]]
+    for group in ("default", "two stages", "anchored"):
+        lines.append([GROUPS[group], *cells(seeds(group), titles)])
+    return markdown(["", *titles], lines)
 
 
-def forgotten_anywhere():
-    """What `--anywhere` costs."""
-    titles = ["UA", "as override", "kept accuracy", "FD / teacher's", "FD of the override", "seconds"]
-    return markdown(["", "labels", "seed", *titles],
-                    [line([called(row), row["pair"], row["seed"]], [row], titles) for row in anywhere_rows()])
+FIVE = {"retrain": "retrained without the class", "embedding_copy": "label column copied", "esd": "ESD, 2023",
+        "salun": "SalUn, 2024", "sfd": "SFD, one stage"}
+COMES_BACK = {"retrain_sid": "retrained without the class, one step", "embedding_copy": "label column copied",
+              "salun": "SalUn, 2024", "sfd": "SFD, one stage", "sfd_anchored": "SFD with an anchor"}
 
 
-def traded():
-    """{network: (FD / teacher's, share of starts that end at a 0)}: forgetting 0 anywhere, and without it."""
-    found, points = ends(), {}
-    for row in (row for row in anywhere_rows() if row["pair"] == "0 to 1"):
-        name = called(row) + f"-seed{row['seed']}" * (row["group"] != "tried")
-        name = {"two-stage-seed0": "quick"}.get(name, name)
-        if name + ", tied" in found:  # two stages were searched on their first seed alone
-            points[name] = row["ratio"], share_found(found[name + ", tied"])
-    return points
+def results(name):
+    return read_json(ROOT / "results" / f"{name}.json")
 
 
-def attacked_anywhere():
-    """The audit of `--anywhere` beside that of its controls and of two stages."""
-    before = read("mnist_audit")["networks"]
-    return audit.table({name: before[name] for name in ("sfd_two_stage", "retrain_sid")}
-                       | read("mnist_anywhere_audit")["networks"])
+def five_methods():
+    found, lines = results("mnist_baselines")["methods"], []
+    for name, words in FIVE.items():
+        m = found[name]
+        lines.append([words, m["real_data"], m["nfe"], f"{m['ua_judge2']:.1%}", f"{m['override_share_judge2']:.1%}",
+                      f"{m['kept_accuracy_judge2']:.1%}", f"{m['fd']:.1f}", f"{m['seconds']:.0f}"])
+    return markdown(["", "real images used", "evaluations", "UA", "override", "kept", "FD", "seconds"], lines)
 
 
-def side_by_side():
-    found = {file: read(file)[key] for file, key in (("mnist_baselines", "methods"), ("mnist_audit", "networks"))}
-    rows = []
-    for name in SIDE_BY_SIDE:
-        if lacking := [file for file in found if name not in found[file]]:
-            raise RunFailed(f"results/{lacking[0]}.json has no {name}")
-        m, n = (f[name] for f in found.values())
-        steps, limit = n["relearning"]["10"]["steps"], n["relearning"]["limit"]
-        strongest = max(audit.SEARCHES, key=lambda search: n[search]["share"])
-        rows.append([f"`{name}`", m["real_data"], m["nfe"], f"{m['seconds']:.0f}", f"{m['ua_judge2']:.1%}",
-                     f"{m['kept_accuracy_judge2']:.1%}", f"{m['fd']:.1f}", f"{n['latent search']['share']:.0%}",
-                     f"{n[strongest]['share']:.0%}, {strongest.removesuffix(' search')}",
-                     f"more than {limit}" if steps is None else steps])
-    return markdown(["", "real images", "NFE", "seconds", "UA", "kept accuracy", "FD", "latent search",
-                     "strongest search", "steps to relearn"], rows)
+def comes_back():
+    found, lines = results("mnist_audit")["networks"], []
+    for name, words in COMES_BACK.items():
+        r = found[name]
+        relearning = r["relearning"]["10"]["steps"]
+        shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
+        lines.append([words, *shares, f"over {r['relearning']['limit']}" if relearning is None else relearning])
+    return markdown(["", *attacks.SEARCHES, "steps to relearn"], lines)
 
 
-TABLES = {"first": first, "summary": summary, "runs": every_run, "side by side": side_by_side,
-          "prompts": lambda: of_data("prompts"), "cifar10": lambda: of_data("cifar10"),
-          "prompt methods": lambda: prompt_methods.table(read("prompts_baselines")),
-          "every class": every_class, "tour": lambda: tour.table(read_rows(ROOT / "results" / "mnist_tour.csv")),
-          "label search": lambda: searched(*SEARCHED),
-          "label search, other starts": other_starts,
-          "label search, other labels": lambda: searched(*(f"{of}-{pair}" for pair in ("4-to-9", "7-to-3")
-                                                           for of in ("control", "quick", "anywhere"))),
-          "label search, tried": lambda: searched(*(f"anywhere-{what}" for what in (
-              "600-steps", "and-searched", "and-searched-far", "in-embedding", "from-noise-0.3", "from-noise-0.5"))),
-          "anywhere": forgotten_anywhere, "anywhere audit": attacked_anywhere,
-          "methods": lambda: baselines.table(read("mnist_baselines")),
-          "audit": lambda: audit.table(read("mnist_audit")["networks"]),
-          "cifar10 methods": lambda: baselines.table(read("cifar10_baselines")),
-          "cifar10 audit": lambda: audit.table(read("cifar10_audit")["networks"])}
+# ------------------------------------------------------------------------------------------------------------ results/
+
+def summary():
+    """Mean and range of every group."""
+    titles = list(COLUMNS)
+    lines = [["the teacher", 1, "2", *cells([reference_row("teacher")], titles)],
+             ["plain SiD", 1, "2", *cells([reference_row("sid")], titles)]]
+    for group, words in GROUPS.items():
+        rows = group_rows(group)
+        lines.append([words, len(rows), " and ".join(sorted({row["protocol"] for row in rows})), *cells(rows, titles)])
+    return markdown(["", "runs", "protocol", *titles], lines)
+
+
+def every_run():
+    lines = []
+    for group, words in GROUPS.items():
+        for row in group_rows(group):
+            lines.append([words, row["pair"], row["seed"], row["protocol"], *cells([row], COLUMNS)])
+    return markdown(["", "labels", "seed", "protocol", *COLUMNS], lines)
+
+
+def every_class():
+    """SFD with an anchor, every class in turn, their mean and range, and requests one after the other."""
+    titles = ["UA", "override", "kept", "FD / teacher's", "FD of the override", "the teacher's", "seconds"]
+    rows, sequence = group_rows("every class"), sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
+
+    def line(row):
+        return [row["pair"], *cells([row], titles), f"{row['look_alike']}: {100 * float(row['look_alike_lost']):.1f}"]
+
+    lost = [100 * float(row["look_alike_lost"]) for row in rows]
+    lines = [line(row) for row in rows]
+    lines.append(["all ten", *cells(rows, titles), spread(lost, "{:.1f}")])
+    lines += [line(row) for row in sequence]
+    return markdown(["", *titles, "most damaged label: points"], lines)
+
+
+def page(data):
+    """Every run on a data set with a page of its own, below the teacher and plain SiD on the same kept labels."""
+    groups, columns = PAGES[data]
+    formats = {key: form for key, form in COLUMNS.values()}
+
+    def line(words, row):
+        values = [(row.get(key), formats.get(key, "{:.2%}")) for key in columns.values()]
+        shown = ["" if value in (None, "") else form.format(float(value)) for value, form in values]
+        return [words, *shown, f"{row['ratio']:.2f}", f"{row['seconds']:.0f}" if row["seconds"] else ""]
+
+    found = [row for group in groups for row in group_rows(group)]
+    lines = []
+    for pair in dict.fromkeys(row["pair"] for row in found):
+        for group, words in {"teacher": "the teacher", "sid": "plain SiD"}.items():
+            for row in group_rows(group):
+                if (row["data"], row["pair"]) == (data, pair):
+                    lines.append(line(f"{pair}: {words}", row))
+        for row in found:
+            if row["pair"] == pair:
+                lines.append(line(f"{pair}: {groups[row['group']]}, seed {row['seed']}", row))
+    return markdown(["", *columns, "FD / teacher's", "seconds"], lines)
+
+
+def methods():
+    return compare.table(results("mnist_baselines"))
+
+
+def methods_over_classes():
+    return grid.table(read_rows(ROOT / "results" / "mnist_tour.csv"))
+
+
+def audit_table():
+    return attacks.table(results("mnist_audit")["networks"])
+
+
+def cifar10_methods():
+    return compare.table(results("cifar10_baselines"))
+
+
+def cifar10_audit():
+    return attacks.table(results("cifar10_audit")["networks"])
+
+
+def prompt_methods():
+    return prompt_compare.table(results("prompts_baselines"))
+
+
+def prompts_page():
+    return page("prompts")
+
+
+def cifar10_page():
+    return page("cifar10")
+
+
+TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "comes back": comes_back,
+          "summary": summary, "runs": every_run, "every class": every_class, "methods": methods,
+          "methods over classes": methods_over_classes, "audit": audit_table, "cifar10": cifar10_page,
+          "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
+          "prompt methods": prompt_methods}
+BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)
+
+
+def filled(text):
+    """A page with its tables made again."""
+    def block(match):
+        if match[1] not in TABLES:
+            raise RunFailed(f"there is no table {match[1]!r}; there are {', '.join(TABLES)}")
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+    return BLOCK.sub(block, text)
 
 
 @dataclass
 class Settings:
-    check: bool = setting(False, "write nothing; fail where a table is not what results/ says")
+    check: bool = setting(False, "write nothing; exit code 1 where a table differs from the files")
 
 
 def main(argv):
-    s, differ = parse(Settings, argv, __doc__), []
-
-    def filled(block):
-        if block[1] not in TABLES:
-            raise RunFailed(f"there is no table {block[1]!r}; there are {', '.join(TABLES)}")
-        new = f"<!-- table: {block[1]} -->\n{TABLES[block[1]]()}\n<!-- end -->"
-        if new != block[0]:
-            differ.append(block[1])
-        return new
-
-    pages = {ROOT / file: re.sub(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", filled, (ROOT / file).read_text(),
-                                 flags=re.S) for file in FILES}
+    s = parse(Settings, argv, __doc__)
+    differ = []
+    for path in (ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
+        if new != text:
+            differ.append(str(path.relative_to(ROOT)))
+        if new != text and not s.check:
+            write_text(path, new)
     if s.check and differ:
-        raise RunFailed(f"not what results/ says: {', '.join(differ)}; python -m lab.readme makes them again")
-    if not s.check:
-        for path, page in pages.items():
-            path.write_text(page)
-        search_figure(searches(*SEARCHED), ROOT / "results" / "mnist_label_search.png")
-        trade_figure(traded(), found_in_controls(), ROOT / "results" / "mnist_anywhere.png")
-    print(f"tables made again: {', '.join(differ) or 'none, all are what results/ says'}")
+        raise RunFailed(f"tables differ from the files in {', '.join(differ)}: run python -m lab.readme")
+    print(f"tables made again in: {', '.join(differ) or 'no page'}")
 
 
 if __name__ == "__main__":

@@ -1,358 +1,587 @@
-"""Runs that survive: SIGKILL, Ctrl-C, a full disk, wrong settings; and the same numbers for the same seed."""
-import contextlib
+"""Training survives Ctrl-C, SIGTERM, kill -9 and a full disk, and --resume gives the same weights, bit for bit."""
 import dataclasses
-import json
+import io
 import os
-import random
-import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-import lab.run
+import edm_unet
+import lab.core.runs
 import sfd_minimal
 import train_teacher
-from conftest import ROOT, image_folder, program
-from lab import evaluate
-from lab.checkpoint import load_checkpoint, load_teacher, pack, save_atomically
-from lab.errors import BadInput, RunFailed
-from lab.recipes import RECIPES
-from lab.run import Run
+from conftest import ROOT, assert_same, image_folder, tiny_network
+from edm_unet import BadInput, RunFailed, Stopped, load_file, load_network, save_checkpoint, save_file
+from lab.core.runs import Run
 
-BASE = ["--forget", "0", "--to", "1", "--batch", "4", "--device", "cpu"]
+SMALL = tiny_network().settings
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Verdicts of a few images."""
-    monkeypatch.setattr(evaluate, "PER_LABEL", 4)
+@pytest.fixture
+def here(tmp_path, monkeypatch, unevaluated):
+    """An empty folder to work in, and presets that take no time."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("mnist", "own images"):
+        monkeypatch.setitem(train_teacher.PRESETS, name, (SMALL, False, dict(warmup=2)))
+    return tmp_path
 
 
-@pytest.fixture(scope="session")
-def unjudged(tiny, tmp_path_factory):
-    """A teacher of images that no judge knows: runs from it end with the generator."""
-    path = tmp_path_factory.mktemp("unjudged") / "teacher.pt"
-    save_atomically(torch.load(tiny, weights_only=True) | {"data": "runes"}, path)
-    return ["--teacher", str(path), "--data", "runes"]
+@pytest.fixture
+def sfd(tiny, here):
+    """The options of a short run of sfd_minimal.py."""
+    return ["--forget", "0", "--to", "1", "--teacher", str(tiny), "--batch", "4", "--device", "cpu", "--steps", "6"]
 
 
-def weights(out):
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    return saved["step"], saved["state"]
+@pytest.fixture
+def teacher(mnist_dir, here):
+    """The options of a short run of train_teacher.py."""
+    return ["--data-dir", str(mnist_dir), "--batch", "4", "--device", "cpu", "--steps", "6"]
 
 
-def assert_same(a, b):
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for k in a:
-            assert_same(a[k], b[k])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    else:
-        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+def parts(out):
+    """Networks, optimizers and random states in the checkpoint of a run, and its number of steps."""
+    saved = load_file(Path(out) / "checkpoint.pt")
+    return saved["parts"], saved["random"], saved["step"]
 
 
-@contextlib.contextmanager
-def stopped_after(step):
-    """The run within is interrupted right after it was saved at `step`."""
-    save = Run.save
+class Clock:
+    """A clock that moves on by a minute with each look, so that every step is saved."""
 
-    def save_and_stop(run):
-        save(run)
-        if run.step == step:
-            raise KeyboardInterrupt
+    def __init__(self):
+        self.now = 0.0
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Run, "save", save_and_stop)
-        patch.setattr(lab.run, "APART", 0)
-        yield
+    def monotonic(self):
+        self.now += 60
+        return self.now
 
+
+def stop_after(module, steps, monkeypatch, stop=signal.SIGINT):
+    """Let the next run of a command be stopped by a signal right after it has saved that many steps."""
+    def save_and_stop(path, step, *rest):
+        save_checkpoint(path, step, *rest)
+        if step == steps:
+            os.kill(os.getpid(), stop)
+
+    monkeypatch.setattr(module, "time", Clock())
+    monkeypatch.setattr(module, "save_checkpoint", save_and_stop)
+
+
+# ----------------------------------------------------------------------------------------------------- the same bits
+
+def test_a_stopped_run_of_sfd_resumes_to_the_same_bits(sfd, monkeypatch):
+    sfd_minimal.main([*sfd, "--out", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(sfd_minimal, 3, patch)
+        sfd_minimal.main([*sfd, "--out", "cut"])
+    assert parts("cut")[2] == 3 and not Path("cut/generator.pt").exists()
+    sfd_minimal.main([*sfd, "--out", "cut", "--resume"])
+    assert_same(parts("whole"), parts("cut"))
+    for name in ("generator.pt", "both.pt"):
+        assert_same(load_file(f"whole/{name}")["weights"], load_file(f"cut/{name}")["weights"])
+    assert Path("whole/samples.png").read_bytes() == Path("cut/samples.png").read_bytes()
+    sfd_minimal.main([*sfd, "--out", "cut", "--resume"])  # a run that is at its end is drawn and saved again
+    assert_same(parts("whole"), parts("cut"))
+
+
+def test_a_stopped_second_stage_resumes_to_the_same_bits(sfd, monkeypatch):
+    first = ["none" if word == "0" else word for word in sfd if word not in ("--to", "1")]
+    sfd_minimal.main([*first, "--out", "first"])
+    sfd += ["--init-from", "first/both.pt"]
+    sfd_minimal.main([*sfd, "--out", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(sfd_minimal, 2, patch)
+        sfd_minimal.main([*sfd, "--out", "cut"])
+    sfd_minimal.main([*sfd, "--out", "cut", "--resume"])
+    assert_same(parts("whole"), parts("cut"))
+    start, start_of_fake = load_file("first/both.pt")["weights"], load_file("first/both.pt")["fake"]
+    n = sfd_minimal.begin(load_network("first/generator.pt")[0], sfd_minimal.Settings(),
+                          *sfd_minimal.load_start("first/both.pt", tiny_network(), sfd_minimal.Settings()))
+    assert_same({k: v.half() for k, v in n.generator.state_dict().items()}, start)
+    assert_same({k: v.half() for k, v in n.fake.state_dict().items()}, start_of_fake)
+
+
+def test_the_training_of_a_teacher_resumes_to_the_same_bits(teacher, monkeypatch):
+    train_teacher.main([*teacher, "--out", "whole"])
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(train_teacher, 3, patch)
+        train_teacher.main([*teacher, "--out", "cut"])
+    assert parts("cut")[2] == 3
+    train_teacher.main([*teacher, "--out", "cut", "--resume"])
+    assert_same(parts("whole"), parts("cut"))
+    assert_same(load_file("whole/teacher.pt")["weights"], load_file("cut/teacher.pt")["weights"])
+
+
+def test_the_same_seed_gives_the_same_weights(sfd, teacher):
+    for main, options, name in ((sfd_minimal.main, sfd, "generator.pt"), (train_teacher.main, teacher, "teacher.pt")):
+        weights = []
+        for out, seed in (("a", 0), ("b", 0), ("c", 1)):
+            main([*options, "--out", f"{name} {out}", "--seed", str(seed)])
+            weights.append(load_file(Path(f"{name} {out}") / name)["weights"])
+        assert_same(weights[0], weights[1])
+        assert any(not torch.equal(v, weights[2][k]) for k, v in weights[0].items())
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9, Ctrl-C
 
 KILLER = textwrap.dedent("""
     import os, signal, sys
-    import torch
-    import lab.run
-    import sfd_minimal
-    from lab.cli import command
+    from types import SimpleNamespace
+    import torch, torchvision.datasets, torchvision.utils
+    import conftest, edm_unet, lab.core.runs, sfd_minimal, test_runs, train_teacher
 
-    def die(*args, **kw):
+    def die(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def half_written(obj, f):
-        save(obj, f)
+    def save_half_and_die(content, f):
+        save(content, f)
         f.flush()
         f.truncate(f.tell() // 2)
         die()
 
-    def after_rename(old, new):
+    def rename_and_die(old, new):
         replace(old, new)
         die()
 
-    def second(kill, otherwise):  # what dies at its second call, so that each life gets a step further
+    def second_call(kill, otherwise):  # the first call is let through, so that each life gets a step further
         calls = []
-        return lambda *args, **kw: (kill if calls.append(1) or len(calls) == 2 else otherwise)(*args, **kw)
+        def called(*args, **options):
+            calls.append(1)
+            return kill(*args, **options) if len(calls) == 2 else otherwise(*args, **options)
+        return called
 
     save, replace, fsync = torch.save, os.replace, os.fsync
-    points = {"half-written": (torch, "save", half_written, save), "before fsync": (os, "fsync", die, fsync),
-              "before rename": (os, "replace", die, replace), "after rename": (os, "replace", after_rename, replace)}
-    lab.run.APART = 0
-    whole, killed, argv = sys.argv[1], sys.argv[2], sys.argv[3:]
+    points = {"half-written": (torch, "save", save_half_and_die, save), "before fsync": (os, "fsync", die, fsync),
+              "before rename": (os, "replace", die, replace), "after rename": (os, "replace", rename_and_die, replace)}
+    sys.modules["lab.evaluate"] = SimpleNamespace(evaluate_run=lambda *args, **options: None)
+    train_teacher.PRESETS["mnist"] = (test_runs.SMALL, False, dict())
+    sfd_minimal.time = train_teacher.time = test_runs.Clock()
+    lab.core.runs.SAVING_SHARE = 0
+    mains = {"sfd_minimal": sfd_minimal.main, "train_teacher": train_teacher.main, "lab.core.runs": test_runs.plain_run}
+    main, argv = mains[sys.argv[1]], sys.argv[2:]
     for point in ["", *points, *points, ""]:
-        pid = os.fork()  # torch imported and no thread started yet: ten lives in the time of one import
+        pid = os.fork()  # torch is imported and no thread has started: ten lives in the time of one import
         if pid == 0:
-            out = killed
+            out = "killed"
             if point:
                 module, name, kill, otherwise = points[point]
-                setattr(module, name, second(kill, otherwise))
-            elif not os.path.exists(whole):
-                out = whole
+                setattr(module, name, second_call(kill, otherwise))
+            elif not os.path.exists("whole"):
+                out = "whole"
             resume = ["--resume"] if os.path.exists(os.path.join(out, "checkpoint.pt")) else []
-            sys.argv = ["sfd_minimal.py", *argv, "--out", out, *resume]
-            command(sfd_minimal.main)
+            main([*argv, "--out", out, *resume])
             os._exit(0)
-        _, status = os.waitpid(pid, 0)
-        partial = os.path.exists(os.path.join(killed, "checkpoint.pt.partial"))
-        print(point, "ended with", status, "partial file" if partial else "", flush=True)
+        status = os.waitpid(pid, 0)[1]
+        partial = os.path.exists("killed/checkpoint.pt.partial")
+        print(point, "ended with", status, "and a partial file" if partial else "", flush=True)
 """)
 
 
+def plain_run(argv):
+    """A program that trains a tiny network with lab.core.runs.Run. Its options: --out FOLDER, and --resume or not."""
+    torch.manual_seed(0)
+    network = torch.nn.Linear(4, 4)
+    state = {"network": network, "optimizer": torch.optim.Adam(network.parameters(), 1e-2)}
+    run = Run(plain_settings(argv[1], resume="--resume" in argv), state)
+    for _ in run.steps(plain_training(run.step, **state)):
+        pass
+
+
+def plain_settings(out, **changes):
+    @dataclasses.dataclass
+    class Settings(lab.core.runs.RunSettings):
+        steps: int = 12
+
+    return Settings(**{"out": str(out), "save_every": 1e-9, **changes})
+
+
+def plain_training(first, network, optimizer):
+    for _ in range(first, 12):
+        loss = network(torch.randn(8, 4)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        yield {"loss": loss.detach()}
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork, to live ten times in the time of one import")
-def test_kills_at_every_point_of_a_save_change_no_bit(unjudged, tmp_path):
-    """log.csv is not written here (no judge, and fewer than 20 steps), so that os.replace is the checkpoint's."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed often"
-    done = subprocess.run([sys.executable, "-c", KILLER, whole, killed, *BASE, *unjudged, "--steps", "16",
-                           "--save-every", "1e-9"], capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "PYTHONPATH": str(ROOT)})
+@pytest.mark.parametrize("name", ["sfd_minimal", "train_teacher", "lab.core.runs"])
+def test_kills_at_every_point_of_a_save_change_no_bit(name, sfd, teacher, tmp_path):
+    options = {"sfd_minimal": sfd, "train_teacher": teacher, "lab.core.runs": []}[name]
+    options += ["--steps", "12"] if options else []
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run([sys.executable, "-c", KILLER, name, *options], capture_output=True, text=True,
+                          cwd=tmp_path, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stdout + done.stderr
-    lives = done.stdout.count("ended with 9")
-    assert lives == 8 and done.stdout.count("ended with 0") == 2, done.stdout + done.stderr
+    assert done.stdout.count("ended with 9") == 8 and done.stdout.count("ended with 0") == 2, done.stdout + done.stderr
     assert done.stdout.count("partial file") >= 5, done.stdout  # a life that dies before its rename leaves one
-    (step_a, state_a), (step_b, state_b) = weights(whole), weights(killed)
-    assert step_a == step_b == 16
-    assert_same(state_a, state_b)
+    assert parts("whole")[2] == 12
+    assert_same(parts("whole"), parts("killed"))
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
-def test_the_real_command_survives_a_kill_and_ctrl_c(unjudged, tmp_path):
-    command = [*program("sfd_minimal.py"), *BASE, *unjudged, "--out", "run", "--steps", "5000", "--save-every", "0.1"]
-    out = tmp_path / "run"
+FAST_CLOCK = """
+import time
+real = time.monotonic
 
-    def start(*more):
-        age = (out / "checkpoint.pt").stat().st_mtime_ns if out.exists() else 0
-        process = subprocess.Popen([*command, *more], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                                   text=True)
-        while not (out / "checkpoint.pt").exists() or (out / "checkpoint.pt").stat().st_mtime_ns == age:
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.01)  # it lives, and has saved at least once
-        time.sleep(random.uniform(0, 0.2))
-        return process
+def monotonic():
+    return 500 * real()
 
-    killed = start()
-    killed.kill()
-    killed.communicate()
-    interrupted = start("--resume")
-    interrupted.send_signal(signal.SIGINT)
-    _, err = interrupted.communicate(timeout=60)
-    assert interrupted.returncode == 130 and "--resume" in err and "Traceback" not in err, err
-    step, state = weights(out)
-    with stopped_after(step):
-        sfd_minimal.main([*BASE, *unjudged, "--out", str(tmp_path / "whole"), "--steps", "5000",
-                          "--save-every", "1e-9"])
-    assert_same(weights(tmp_path / "whole")[1], state)
+time.monotonic = monotonic  # half a minute, after which a run is saved, is 60 milliseconds
+"""
 
 
-def test_same_seed_same_metrics(tiny, tmp_path):
-    results = []
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        sfd_minimal.main([*BASE, "--teacher", str(tiny), "--out", str(tmp_path / name), "--steps", "3",
-                          "--seed", str(seed)])
-        text = (tmp_path / name / "metrics.json").read_text()
-        results.append(re.sub(r'"(seconds|seconds_judging|out)": [^,\n]*', "", text))
-    assert results[0] == results[1]
-    assert json.loads((tmp_path / "a" / "metrics.json").read_text())["fd"] != json.loads(text)["fd"]
+@pytest.fixture
+def installed(tmp_path, tiny, mnist_dir):
+    """A folder with the three files and a teacher, where the clock runs fast."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    for name in ("edm_unet.py", "sfd_minimal.py", "train_teacher.py"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copy(tiny, folder / "tiny.pt")
+    (folder / "sitecustomize.py").write_text(FAST_CLOCK)
+    return folder
 
 
-def test_full_disk_keeps_the_last_checkpoint(unjudged, tmp_path):
+def saved_steps(out):
+    return load_file(out / "checkpoint.pt")["step"] if (out / "checkpoint.pt").exists() else 0
+
+
+def started(words, folder):
+    """A process of the command, in the folder, that has trained and saved since its start."""
+    out = folder / "my run"
+    before = saved_steps(out)
+    search = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    process = subprocess.Popen(words, cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PATH": search, "PYTHONPATH": str(folder)})
+    while saved_steps(out) == before:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    return process
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT and SIGTERM")
+def test_the_real_command_survives_kill_ctrl_c_and_sigterm(installed, here):
+    """Each stop but kill -9 prints the command that goes on, which works as it stands, in a folder with a space."""
+    options = ["--teacher", "tiny.pt", "--to", "1", "--batch", "4", "--steps", "60", "--device", "cpu"]
+    words = ["python", "sfd_minimal.py", *options, "--out", "my run"]
+    process = started(words, installed)
+    process.kill()
+    process.communicate()
+    words.append("--resume")
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        process = started(words, installed)
+        process.send_signal(stop)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in err, err
+        words = shlex.split(err.strip().splitlines()[-1].split("to go on: ")[1])
+    process = started(words, installed)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and (installed / "my run" / "generator.pt").exists(), err
+    options[1] = str(installed / "tiny.pt")
+    sfd_minimal.main([*options, "--out", "whole"])
+    assert_same(parts("whole"), parts(installed / "my run"))
+
+
+@pytest.fixture
+def as_program(monkeypatch):
+    """Run a main(argv) as the program of that name: (exit code, last line on stderr). Signals are put back at the end.
+    """
+    handlers = {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)}
+
+    def finished(main, name, argv, capsys):
+        monkeypatch.setattr(sys, "argv", [name, *argv])
+        monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+        with pytest.raises(SystemExit) as stop:
+            edm_unet.command(main)
+        return stop.value.code, capsys.readouterr().err.strip().splitlines()[-1]
+
+    yield finished
+    for which, handler in handlers.items():
+        signal.signal(which, handler)
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["sfd_minimal.py", "train_teacher.py"])
+def test_a_stop_names_the_command_that_goes_on(name, stop, sfd, teacher, as_program, monkeypatch, capsys):
+    module, argv = {"sfd_minimal.py": (sfd_minimal, sfd), "train_teacher.py": (train_teacher, teacher)}[name]
+    argv += ["--out", "it's mine"]
+    with monkeypatch.context() as patch:
+        stop_after(module, 2, patch, stop)
+        code, line = as_program(module.main, name, argv, capsys)
+    assert code == 130 and shlex.split(line.split("to go on: ")[1]) == ["python", name, *argv, "--resume"]
+    assert parts("it's mine")[2] == 2
+
+
+def test_a_module_is_named_as_a_module(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/a/path/lab/audit/__main__.py", "my run", "--resume"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", SimpleNamespace(name="lab.audit.__main__"))
+    assert edm_unet.resume_command() == "python -m lab.audit 'my run' --resume"
+    monkeypatch.setattr(os, "name", "nt")
+    assert edm_unet.resume_command() == 'python -m lab.audit "my run" --resume'
+
+
+@pytest.mark.parametrize("name", ["sfd_minimal.py", "train_teacher.py"])
+def test_a_stop_after_training_names_the_command_too(name, sfd, teacher, as_program, monkeypatch, capsys):
+    """The last pictures take seconds, and the evaluation takes longer: a run stopped there can go on as well."""
+    module, argv = {"sfd_minimal.py": (sfd_minimal, sfd), "train_teacher.py": (train_teacher, teacher)}[name]
+
+    def stopped(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_images", stopped)
+    code, line = as_program(module.main, name, [*argv, "--out", "run"], capsys)
+    assert code == 130 and "--resume" in line
+
+
+def test_ctrl_c_in_the_middle_of_a_save_is_ctrl_c(tmp_path, monkeypatch):
+    """torch reports whatever stops its writing as a RuntimeError, as a full disk does."""
+    class Interrupted(io.BufferedWriter):
+        def write(self, data):
+            if self.tell() > 100:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    save_file(tmp_path / "a.pt", {"weights": torch.zeros(3)})
+    before = (tmp_path / "a.pt").read_bytes()
+    monkeypatch.setattr(edm_unet, "open", lambda path, mode: Interrupted(io.FileIO(path, mode)), raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        save_file(tmp_path / "a.pt", {"weights": torch.ones(3)})
+    assert (tmp_path / "a.pt").read_bytes() == before
+
+
+# ----------------------------------------------------------------------------------------- what must not be resumed
+
+@pytest.mark.parametrize("changed, word", [
+    (["--alpha", "1.2"], "alpha"), (["--lr", "1e-5"], "lr"), (["--forget", "2"], "forget"), (["--to", "3"], "to"),
+    (["--teacher", "other.pt"], "teacher"), (["--init-from", "run/both.pt"], "init_from")])
+def test_a_run_of_sfd_is_not_resumed_as_another(changed, word, sfd):
+    sfd_minimal.main([*sfd, "--out", "run"])
+    content = load_file(sfd[sfd.index("--teacher") + 1])
+    save_file("other.pt", {**content, "weights": {k: v + 1e-3 for k, v in content["weights"].items()}})
+    before = Path("run/checkpoint.pt").read_bytes()
+    with pytest.raises(BadInput, match=f"{word} was .* and is "):
+        sfd_minimal.main([*sfd, "--out", "run", "--resume", *changed])
+    assert Path("run/checkpoint.pt").read_bytes() == before
+
+
+def test_a_teacher_is_not_resumed_on_other_images(here):
+    image_folder(here / "mine", ["ant", "bee"], 20, 16)
+    argv = ["--data", "mine", "--steps", "2", "--batch", "4", "--device", "cpu", "--out", "run"]
+    train_teacher.main(argv)
+    with pytest.raises(BadInput, match="lr was 0.002 and is 0.1"):
+        train_teacher.main([*argv, "--resume", "--lr", "0.1"])
+    (here / "mine" / "ant").rename(here / "mine" / "cow")
+    with pytest.raises(BadInput, match="ant.*cow"):
+        train_teacher.main([*argv, "--resume"])
+    (here / "mine" / "cow").rename(here / "mine" / "ant")
+    (here / "mine" / "ant" / "7.png").unlink()
+    with pytest.raises(BadInput, match="images was .*18.* and is .*17"):
+        train_teacher.main([*argv, "--resume"])
+
+
+def test_a_folder_that_is_there_is_refused(sfd, teacher):
+    for main, argv in ((sfd_minimal.main, sfd), (train_teacher.main, teacher)):
+        Path("run").mkdir()
+        with pytest.raises(BadInput, match="--resume"):
+            main([*argv, "--out", "run"])
+        assert not list(Path("run").iterdir())
+        main([*argv, "--out", "run", "--resume"])  # such as of a run that was killed before its first checkpoint
+        shutil.rmtree("run")
+
+
+def test_a_checkpoint_of_other_code_is_refused(sfd):
+    sfd_minimal.main([*sfd, "--out", "run"])
+    saved = load_file("run/checkpoint.pt")
+    del saved["parts"]["average"]
+    for content in (saved, {"step": 3}):
+        save_file("run/checkpoint.pt", content)
+        with pytest.raises(BadInput, match="version"):
+            sfd_minimal.main([*sfd, "--out", "run", "--resume"])
+
+
+@pytest.mark.parametrize("name", ["sfd_minimal", "train_teacher", "lab.core.runs"])
+def test_of_two_runs_that_begin_in_one_folder_one_is_refused(name, sfd, teacher, monkeypatch):
+    """Both find no folder, and then both make it."""
+    both, mkdir, errors = threading.Barrier(2), Path.mkdir, []
+
+    def mkdir_at_once(path, *args, **options):
+        if path.name == "run":
+            both.wait(timeout=20)
+        mkdir(path, *args, **options)
+
+    def plain(argv):
+        Run(plain_settings("run"), {"network": torch.nn.Linear(1, 1)})
+
+    def main():
+        try:
+            {"sfd_minimal": sfd_minimal.main, "train_teacher": train_teacher.main, "lab.core.runs": plain}[name](argv)
+        except Exception as e:
+            errors.append(e)
+
+    argv = [*{"sfd_minimal": sfd, "train_teacher": teacher, "lab.core.runs": []}[name], "--out", "run"]
+    monkeypatch.setattr(Path, "mkdir", mkdir_at_once)
+    threads = [threading.Thread(target=main) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [type(e) for e in errors] == [BadInput] and Path("run/checkpoint.pt").exists()
+
+
+# ------------------------------------------------------------------------------------------------------ bad endings
+
+def assert_finite(out):
+    for part in parts(out)[0].values():
+        if "state" not in part:  # a network
+            assert all(torch.isfinite(v).all() for v in part.values())
+
+
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(sfd, teacher, monkeypatch):
+    for module, argv in ((sfd_minimal, [*sfd, "--lr-fake", "1e30"]), (train_teacher, teacher)):
+        with monkeypatch.context() as patch, pytest.raises(RunFailed, match="step .*--lr"):
+            patch.setattr(module, "time", Clock())
+            module.main([*argv, "--steps", "200", "--lr", "1e30", "--out", f"{module.__name__} run"])
+        assert_finite(f"{module.__name__} run")
+        assert not Path(f"{module.__name__} run/samples.png").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_at_once(sfd, monkeypatch):
+    step, terms = sfd_minimal.sfd_step, []
+
+    def sfd_step(*args):
+        terms.append(step(*args))
+        return {**terms[-1], "L_keep": torch.tensor(float("nan"))} if len(terms) == 4 else terms[-1]
+
+    monkeypatch.setattr(sfd_minimal, "sfd_step", sfd_step)
+    monkeypatch.setattr(sfd_minimal, "time", Clock())
+    with pytest.raises(RunFailed, match="L_keep is nan at step 4"):
+        sfd_minimal.main([*sfd, "--out", "run"])
+    assert parts("run")[2] == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_saved(value, tmp_path):
+    network = torch.nn.Linear(2, 2)
+    save_checkpoint(tmp_path / "checkpoint.pt", 1, 0.0, {}, {"network": network})
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    network.bias.data[1] = value
+    with pytest.raises(RunFailed, match="network are not finite after step 2"):
+        save_checkpoint(tmp_path / "checkpoint.pt", 2, 0.0, {}, {"network": network})
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    network = tiny_network()
+    network.model.map_label.bias.data[0] = 1e6  # float16 has no such number
+    with pytest.raises(ValueError, match="float16"):
+        edm_unet.pack(network, half=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(sfd, monkeypatch):
     resource = pytest.importorskip("resource", reason="needs a limit for the size of files")
-    out = tmp_path / "run"
-    base = [*BASE, *unjudged, "--out", str(out)]
-    sfd_minimal.main([*base, "--steps", "2"])
-    before = weights(out)
-    save_atomically(torch.load(out / "checkpoint.pt", weights_only=True) | {"step": 1}, out / "checkpoint.pt")
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        stop_after(sfd_minimal, 3, patch)
+        sfd_minimal.main([*sfd, "--out", "run"])
+    before = Path("run/checkpoint.pt").read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, ((out / "checkpoint.pt").stat().st_size // 2, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
     try:
-        with pytest.raises(OSError, match="could not write .*unharmed"):
-            sfd_minimal.main([*base, "--steps", "2", "--resume"])
+        with pytest.raises(OSError, match="checkpoint.pt"):
+            sfd_minimal.main([*sfd, "--out", "run", "--resume"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_same(weights(out)[1], before[1])
-    assert not list(out.glob("*.partial"))
+    assert Path("run/checkpoint.pt").read_bytes() == before
+    assert [path.name for path in Path("run").iterdir()] == ["checkpoint.pt"]
 
 
-def test_resume_with_other_settings_is_refused(unjudged, tmp_path):
-    base = [*BASE, *unjudged, "--out", str(tmp_path / "run"), "--steps", "2"]
-    sfd_minimal.main(base)
-    with pytest.raises(BadInput, match="alpha was 1.0 and is 1.2.*lr was"):
-        sfd_minimal.main([*base, "--resume", "--alpha", "1.2", "--lr", "1e-5"])
-    with pytest.raises(BadInput, match="holds a run already"):
-        sfd_minimal.main(base)
-    with pytest.raises(BadInput, match="say one of them"):
-        sfd_minimal.main([*base, "--resume", "--overwrite"])
-    sfd_minimal.main([*base, "--overwrite"])
+# ------------------------------------------------------------------------------------ the runs of lab: lab.core.runs
+
+def losses(n=40):
+    for _ in range(n):
+        yield {"loss": torch.tensor(1.0)}
 
 
-def test_resume_with_another_teacher_in_the_same_place_is_refused(tiny, tmp_path, capsys):
-    out, teacher = tmp_path / "run", tmp_path / "teacher.pt"
-    content = torch.load(tiny, weights_only=True) | {"data": "runes"}
-    base = [*BASE, "--teacher", str(teacher), "--data", "runes", "--steps", "2"]
-    save_atomically(content, teacher)
-    sfd_minimal.main([*base, "--out", str(out)])
-    save_atomically(content | {"weights": {k: v + 1e-3 for k, v in content["weights"].items()}}, teacher)
-    with pytest.raises(BadInput, match="its teacher was .* and is"):
-        sfd_minimal.main([*base, "--out", str(out), "--resume"])
-    sfd_minimal.main([*base, "--out", str(tmp_path / "from"), "--init-from", str(out / "both.pt")])
-    assert "was distilled from another teacher" in capsys.readouterr().out
-    save_atomically(content, teacher)
-    saved = torch.load(out / "checkpoint.pt", weights_only=True)
-    del saved["state"]["generator"]["model.map_label.weight"]
-    save_atomically(saved, out / "checkpoint.pt")
-    with pytest.raises(BadInput, match="the generator in its checkpoint is of another shape"):
-        sfd_minimal.main([*base, "--out", str(out), "--resume"])
-    del saved["state"]["generator"]
-    save_atomically(saved, out / "checkpoint.pt")
-    with pytest.raises(BadInput, match="earlier version of this code, lacks generator"):
-        sfd_minimal.main([*base, "--out", str(out), "--resume"])
-
-
-def test_a_run_leaves_the_teacher_as_it_was(tiny):
-    teacher, info = load_teacher(tiny, "mnist", torch.device("cpu"))
-    before = {k: v.clone() for k, v in teacher.state_dict().items()}
-    s = sfd_minimal.Settings(steps=3, batch=4)
-    state = sfd_minimal.begin(s, teacher, info)
-    for _ in sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [1]), teacher, **state):
-        pass
-    assert_same(teacher.state_dict(), before)
-    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
-    assert all(p.grad is not None for p in state["fake"].parameters())
-    for name in ("generator", "average", "fake"):
-        assert any(not torch.equal(v, before[k]) for k, v in state[name].state_dict().items()), name
-
-
-def test_a_second_stage_resumes_with_the_anchor_that_it_began_with(unjudged, tmp_path):
-    start = tmp_path / "first" / "both.pt"
-    base = ["--batch", "4", "--device", "cpu", *unjudged, "--steps", "4"]
-    sfd_minimal.main([*base, "--forget", "none", "--out", str(start.parent)])
-    base += ["--forget", "0", "--to", "1", "--init-from", str(start)]
-    sfd_minimal.main([*base, "--out", str(tmp_path / "whole")])
-    with stopped_after(2):
-        sfd_minimal.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
-    content = torch.load(start, weights_only=True)
-    save_atomically(content | {"weights": {k: v + 1e-3 for k, v in content["weights"].items()}}, start)
-    sfd_minimal.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
-    assert "anchor" in weights(tmp_path / "whole")[1]
-    assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
-
-
-def test_the_anchor_is_the_start_or_else_the_average(tiny, tmp_path, monkeypatch):
-    """And there is none unless it is asked for. Only the start's is frozen, and kept for resuming."""
-    seen, step = [], sfd_minimal.sfd_step
-    monkeypatch.setattr(sfd_minimal, "sfd_step", lambda *args: seen.append(args[-1]) or step(*args))
-    teacher, info = load_teacher(tiny, "mnist", torch.device("cpu"))
-    start = tmp_path / "both.pt"
-    torch.manual_seed(1)
-    other = {k: v + 0.01 * torch.randn_like(v) for k, v in teacher.state_dict().items()}
-    save_atomically({"kind": "denoiser", "data": "mnist", "teacher_sha256": info["sha256"],
-                     **pack(teacher), "weights": other, "fake": teacher.state_dict()}, start)
-
-    def run(**changed):
-        s = sfd_minimal.Settings(**{"steps": 2, "batch": 4} | changed)
-        state = sfd_minimal.begin(s, teacher, info)
-        for _ in sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [1]), teacher, **state):
-            pass
-        return seen[-1], state
-
-    assert run()[0] is None and run(lambda_anchor=0.0, init_from=str(start))[0] is None
-    anchor, state = run(lambda_anchor=1.0)
-    assert anchor is state["average"] and "anchor" not in state
-    anchor, state = run(init_from=str(start))
-    assert anchor is state["anchor"]
-    assert_same(anchor.state_dict(), other)
-    assert any(not torch.equal(v, w) for v, w in zip(anchor.parameters(), state["average"].parameters()))
-
-
-def test_a_start_brings_its_own_settings_and_what_is_said_wins(capsys, tiny, tmp_path, unjudged):
-    found = set()
-    for said in ({}, {"data": "prompts"}, {"data": "cifar10"},
-                 {"data": "cifar10", "teacher": "up/edm-cifar10-32x32-cond-vp.pkl"}):
-        for start in ({}, {"init_from": "both.pt"}, {"forget": ("none",)}):
-            s = sfd_minimal.Settings(**said, **start)
-            found.add(s.recipe)
-            assert {k: getattr(s, k) for k in RECIPES[s.recipe]} == RECIPES[s.recipe] == s.taken
-    assert found == set(RECIPES)
-    s = sfd_minimal.Settings(init_from="both.pt", steps=7, lambda_anchor=0.0)
-    assert s.steps == 7 and s.lambda_anchor == 0 and s.forget_share == 0.5 and "steps" not in s.taken
-    sfd_minimal.main([*BASE, *unjudged, "--out", str(tmp_path / "run"), "--steps", "1"])
-    out, recipe = capsys.readouterr().out, RECIPES["cifar10, from the teacher"]  # a folder has CIFAR-10's
-    assert f"lr={recipe['lr']} lr_fake={recipe['lr_fake']}" in out and "steps=" not in out
-    content = load_checkpoint(tmp_path / "run" / "generator.pt")[1]
-    assert content["settings"]["lr"] == recipe["lr"] and content["settings"]["guidance"] == recipe["guidance"] == 2.0
-
-
-class Prompted(torch.nn.Module):
-    """A denoiser of points, asked by prompts: token states (B, 7, 16), which it reads through a mean."""
-
-    def __init__(self):
-        super().__init__()
-        self.register_buffer("conditions", torch.randn(3, 7, 16))
-        self.read, self.net = torch.nn.Linear(16, 8), torch.nn.Linear(2 + 1 + 8, 2)
-        self.shape, self.sigma_data = (2,), 0.5
-
-    def forward(self, x, sigma, c):
-        assert sigma.shape == (len(x), 1) and c.shape == (len(x), 7, 16)
-        return self.net(torch.cat([x, sigma.log() / 4, self.read(c).mean(1)], 1))
-
-
-def test_any_denoiser_can_be_distilled():
+def test_ctrl_c_waits_for_the_end_of_the_step(here):
+    """A run of lab saves when it is stopped, and resumes to the same bits, with the log that it had."""
+    handler = signal.getsignal(signal.SIGINT)
+    plain_run(["--out", "whole"])
+    network = torch.nn.Linear(4, 4)
     torch.manual_seed(0)
-    teacher = Prompted()
-    s = sfd_minimal.Settings(steps=3, batch=8, guidance=1.5, lambda_anchor=0.5)
-    state = sfd_minimal.begin(s, teacher)
-    losses = list(sfd_minimal.distill(s, sfd_minimal.about_labels(s, teacher, [0], [2]), teacher, **state))
-    assert len(losses) == 3 and all(torch.isfinite(v) for terms in losses for v in terms.values())
-    assert not torch.equal(state["generator"].net.weight, teacher.net.weight)
-    assert not any(p.requires_grad for p in state["average"].parameters()), "it would keep the graph of every step"
+    network.reset_parameters()
+    state = {"network": network, "optimizer": torch.optim.Adam(network.parameters(), 1e-2)}
+    run = Run(plain_settings("cut", save_every=1e9), state)
+    with pytest.raises(Stopped):
+        for terms in run.steps(plain_training(0, **state)):
+            run.log(terms)
+            if run.step == 5:
+                os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert parts("cut")[2] == 5 and len(Path("cut/log.csv").read_text().splitlines()) == 6
+    plain_run(["--out", "cut", "--resume"])
+    assert_same(parts("whole"), parts("cut"))
+    assert len(Path("cut/log.csv").read_text().splitlines()) == 6
 
 
-def test_a_run_that_diverges_says_where(unjudged, tmp_path):
-    out = tmp_path / "run"
-    with pytest.raises(RunFailed, match=r"(L_\w+ is .* at step|weights of \w+ are not finite after step) \d+.*--?l"):
-        sfd_minimal.main([*BASE, *unjudged, "--out", str(out), "--steps", "200", "--lr", "1e30", "--lr-fake", "1e30",
-                          "--save-every", "0.01"])
-    if (out / "checkpoint.pt").exists():
-        for name, part in weights(out)[1].items():
-            if "optimizer" not in name:
-                assert all(torch.isfinite(v).all() for v in part.values()), (
-                    f"{name} was saved although it is not finite")
+def test_a_run_of_lab_is_not_resumed_as_another(here):
+    network = torch.nn.Linear(1, 1)
+    Run(plain_settings("run"), {"network": network}, pinned={"teacher": "one"})
+    with pytest.raises(BadInput, match="--resume"):
+        Run(plain_settings("run"), {"network": network}, pinned={"teacher": "one"})
+    with pytest.raises(BadInput, match="teacher was 'one' and is 'another'"):
+        Run(plain_settings("run", resume=True), {"network": network}, pinned={"teacher": "another"})
+    with pytest.raises(BadInput, match="steps was 12 and is 13"):
+        Run(plain_settings("run", resume=True, steps=13), {"network": network}, pinned={"teacher": "one"})
+    Run(plain_settings("run", resume=True, save_every=7.0), {"network": network}, pinned={"teacher": "one"})
+    Path("a file").touch()
+    with pytest.raises(BadInput, match="a file/run"):
+        Run(plain_settings("a file/run"), {"network": network})
 
 
-def test_teacher_training_resumes(tmp_path, monkeypatch):
-    recipe = train_teacher.TEACHERS["images"]
-    small = dataclasses.replace(recipe["net"], model_channels=16)
-    monkeypatch.setitem(train_teacher.TEACHERS, "images", recipe | {"net": small})
-    folder = image_folder(tmp_path / "images of two kinds", "ab", 12, 8)
-    base = ["--data", str(folder), "--batch", "4", "--seed", "3", "--steps", "6", "--warmup", "2", "--device", "cpu"]
-    train_teacher.main([*base, "--out", str(tmp_path / "whole")])
-    with stopped_after(3):
-        train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
-    assert weights(tmp_path / "cut")[0] == 3
-    train_teacher.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
-    assert_same(weights(tmp_path / "whole")[1], weights(tmp_path / "cut")[1])
-    assert (tmp_path / "cut" / "samples.png").exists() and (tmp_path / "cut" / "teacher.pt").exists()
+def test_a_run_of_lab_stops_at_a_loss_that_is_not_finite(here):
+    run = Run(plain_settings("run", steps=40), {})
+    with pytest.raises(RunFailed, match="loss is nan at step 4"):
+        for terms in run.steps({"loss": torch.tensor(float("nan") if i == 3 else 1.0)} for i in range(40)):
+            pass
+    assert parts("run")[2] <= 3
+
+
+def test_checkpoints_take_a_thirtieth_of_the_time_at_most(here, monkeypatch):
+    saves, save = [], Run.save
+
+    def slow_save(run):
+        saves.append(run.step)
+        time.sleep(0.02)
+        save(run)
+
+    def slow_training():
+        for terms in losses():
+            time.sleep(0.01)
+            yield terms
+
+    monkeypatch.setattr(Run, "save", slow_save)
+    run = Run(plain_settings("run", steps=40), {})
+    for _ in run.steps(slow_training()):
+        pass
+    assert saves[0] == 1 and saves[-1] == 40 and len(saves) <= 3, saves
+
+
+def test_a_log_that_another_program_holds_open_ends_no_run(here, monkeypatch, capsys):
+    replace = os.replace
+
+    def held(old, new):
+        if str(new).endswith("log.csv"):
+            raise PermissionError(13, "the file is used by another process")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", held)
+    run = Run(plain_settings("run", steps=40), {})
+    for terms in run.steps(losses()):
+        run.log(terms)
+    assert run.step == 40 and parts("run")[2] == 40
+    assert "log.csv" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Other people's networks as denoisers: other predictions, published EDM pickles, Stable Diffusion."""

@@ -1,0 +1,1 @@
+"""Attacks that try to bring a forgotten class back: `python -m lab.audit RUN`."""
