@@ -1,7 +1,7 @@
 """What a reader of SFD may take as given: the denoiser, its network, its loss, its sampler; then files and commands.
 
 The network is the label-conditional DDPM++ U-Net (Song et al. 2021, https://arxiv.org/abs/2011.13456) under the
-preconditioning of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364). Needs torch alone.
+preconditioning of EDM (Karras et al. 2022, https://arxiv.org/abs/2206.00364). Only `save_images` needs more than torch.
 
 The contract of every denoiser in this project, networks and closed forms alike:
 
@@ -111,7 +111,7 @@ class Block(nn.Module):
 class UNet(nn.Module):
     """DDPM++ U-Net F(x; c_noise, c), c (B, K) the label.
 
-    The parameters have the names of the official EDM network, so its weights load unchanged.
+    The parameters have the names of the official EDM network (lab/adapters/pickles.py reads its files).
     """
     block = Block
 
@@ -203,7 +203,7 @@ class EDMPrecond(nn.Module):
 
     def _precision(self, device_type):
         """bfloat16 where `bf16` is on, else the caller's autocast. The cache of cast weights is off: inside a caller's
-        autocast it would outlive an optimizer's step, and the network would go on computing with old weights."""
+        autocast it would survive an optimizer's step, and the network would go on computing with old weights."""
         outer = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if outer and not self.bf16 else torch.bfloat16
         return torch.autocast(device_type, dtype, enabled=outer or self.bf16, cache_enabled=False)
@@ -238,7 +238,7 @@ def edm_loss(D, x, sigma, c):
 
 
 def stratified_normal(n, device):
-    """n standard normal numbers, one from each n-th of the distribution: a batch of noise levels with less variance."""
+    """n standard normal numbers, one from each of n equally likely intervals: noise levels with less variance."""
     u = (torch.arange(n, device=device) + torch.rand(n, device=device)) / n
     return math.sqrt(2) * torch.erfinv((2 * u - 1).clamp(-0.999999, 0.999999))  # rounding can make u 0 or 1
 
@@ -311,7 +311,7 @@ def has_fast_bf16(device):
 
 
 def machine(device):
-    """What a reported number must say of where it was measured: a plain dict."""
+    """Device, versions and threads, to report with a measurement: a plain dict."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -364,11 +364,11 @@ def digest(*paths):
 def pack(network, half=False):
     """Settings and weights of an EDMPrecond as a plain dict. `half` stores the weights as float16.
 
-    Raises ValueError where a weight is too large for float16.
+    RunFailed where a weight is not finite, or too large for float16.
     """
     weights = {name: v.detach().to("cpu", torch.float16 if half else None) for name, v in network.state_dict().items()}
     if not all(v.isfinite().all() for v in weights.values()):
-        raise ValueError("a weight is not finite, or too large for float16")
+        raise RunFailed("a weight is not finite, or too large for float16")
     return {"net": asdict(network.settings), "weights": weights}
 
 
@@ -378,15 +378,15 @@ def unpack(packed, network_class=EDMPrecond):
         weights = {name: v.float() for name, v in packed["weights"].items()}
         settings_class = network_class.settings_class
         names = {f.name for f in fields(settings_class)}
-        # a setting of another version is ignored where it is off; where it is on, the network is another one
+        # an unknown setting that is off is ignored; one that is on makes another network, and is refused
         settings = settings_class(**{name: v for name, v in packed["net"].items() if name in names or v})
         if settings.num_blocks * len(settings.channel_mult) > len(weights):
-            raise ValueError("it has fewer weights than blocks")  # an absurd size costs nothing
-        with torch.device("meta"):                                # nor here: shapes without memory
+            raise ValueError("it has fewer weights than blocks")  # refuse an absurd size before it is built
+        with torch.device("meta"):                                # shapes without memory
             network = network_class(settings)
         network.load_state_dict(weights, assign=True)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        raise BadInput(f"settings and weights do not fit together: {str(e).splitlines()[0]}") from e
+    except Exception as e:  # a damaged or hostile file can raise anything
+        raise BadInput(f"settings and weights do not fit together: {' '.join(str(e).split())[:200]}") from e
     return network.eval()
 
 
@@ -424,8 +424,8 @@ def save_checkpoint(path, step, seconds, settings, parts):
     """
     for name, part in parts.items():
         if isinstance(part, nn.Module) and not all(v.isfinite().all() for v in part.state_dict().values()):
-            raise RunFailed(f"the weights of {name} are not finite after step {step}: try a smaller --lr. "
-                            f"{path} has the last good step")
+            raise RunFailed(f"the weights of {name} are not finite after step {step}: begin again with smaller "
+                            f"learning rates. {path} has the last good step")
     random = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_initialized():
         random["cuda"] = torch.cuda.get_rng_state_all()
@@ -489,7 +489,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory") 
 
 def command(main):
     """Run main(argv) as a program. An error that a user can act on is one line, without a traceback."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # a service has no streams
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # without a terminal these can be None
     sys.stderr = sys.stderr or open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

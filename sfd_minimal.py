@@ -31,20 +31,20 @@ from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, digest, loa
 @dataclass
 class Settings:
     # the method
-    alpha: float = 1.0          # in S; the published runs use 1.2
+    alpha: float = 1.0          # of score_identity_loss; the published runs use 1.2
     lambda_forget: float = 1.0  # weight of the score-forgetting term; the labels to keep have weight 1
     sigma_init: float = 2.5     # noise level at which the generator evaluates its network
     p_mean: float = 0.0         # psi step: ln sigma ~ N(p_mean, p_std^2); SiD's p_mean is -1.2
     p_std: float = 1.2
     sigma_min: float = 0.002    # theta step: EDM's rho = 7 grid between sigma_min and sigma_max,
     sigma_max: float = 80.0
-    u_max: float = 0.8          # of which the lower u_max is used: up to sigma = 24.4
+    u_max: float = 0.8          # of which the lowest share u_max is used: up to sigma = 24.4
     # the run
     steps: int = 1000
     batch: int = 64             # generated images per step
     lr: float = 3e-4            # generator's learning rate (Adam): constant for half of the run, then linearly to zero
     lr_fake: float = 1e-3       # fake score's learning rate: it must keep up with the generator
-    ema: float = 0.999          # decay of the running average of the generator, which is the result of the run
+    ema: float = 0.999          # decay of the generator's running average; the run saves the average
     seed: int = 0
 
     def __post_init__(self):
@@ -90,6 +90,7 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
 
     The teacher is given the labels c_phi (B, ...), the fake score the labels c_psi (B, ...). The gradient reaches
     x_g (B, ...) directly and through x_t inside both networks. sigma (B, 1, ...). Returns (B,).
+    omega = mean_pixels |D_phi - x_g|, one number for each sample, without gradient.
     """
     if sigma.ndim != x_g.ndim:
         raise ValueError(f"sigma {tuple(sigma.shape)} must have as many dimensions as x_g {tuple(x_g.shape)}")
@@ -102,10 +103,11 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
 
 
 def draw_labels(batch, override, conditions):
-    """Labels of one batch: c_phi for the teacher, c_psi for generator and fake score, forgotten (B,) where they differ.
+    """Draw labels: c_phi for the teacher, c_psi for generator and fake score, and forgotten (B,), where they differ.
 
-    override (K,): the label that the teacher is given in the place of each label. A label to keep is its own override.
-    An override of -1 is a random label to keep. conditions (K, ...): what the networks take for each label.
+    override (K,): the label that the teacher is given in the place of each label. A label to keep is its own override,
+    and there is at least one. -1: the teacher is given a random label to keep, another one in each draw.
+    conditions (K, ...): what the networks take for each label, such as its one-hot row.
     """
     labels = torch.arange(len(override), device=override.device)
     kept = labels[override == labels]
@@ -119,8 +121,8 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi,
              sigma_data=0.5, extra_loss=None):
     """One step of SFD. z (B, ...) ~ N(0, I); c_phi, c_psi (B, ...) and forgotten (B,) bool as from `draw_labels`.
 
-    extra_loss(x_g, z, c_psi, forgotten) -> scalar: a term of your own, added to L_theta. Returns the terms of both
-    losses, detached. ValueError where `forgotten` is no bool tensor of shape (B,).
+    extra_loss(x_g, z, c_psi, forgotten) -> scalar: a term of your own, added to L_theta. Returns L_psi, L_keep and
+    L_forget, detached. ValueError where `forgotten` is no bool tensor of shape (B,).
     """
     B = len(z)
     per_sample = (B,) + (1,) * (z.ndim - 1)
@@ -128,7 +130,7 @@ def sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi,
     if not torch.is_tensor(forgotten) or forgotten.dtype != torch.bool or forgotten.shape != (B,):
         raise ValueError(f"forgotten must be a bool tensor of shape ({B},), true in the rows of a label to forget")
 
-    # Generate, under the label to forget too: the override changes only the label that the teacher is given below.
+    # Generate images, under the labels to forget too. Only the teacher will be given another label for them.
     x_g = generator(sigma_init * z, sigma_init, c_psi)                                # (B, ...), with gradient
 
     # psi step: the fake score learns to denoise the generator's images, under the labels they were generated for.
@@ -174,21 +176,22 @@ class Networks:
 def begin(teacher, s, generator=None, fake=None):
     """Copy the teacher, or a one-step generator and its fake score, into the `Networks` of a run.
 
-    The teacher itself is not changed. A parameter of the teacher that is frozen stays frozen in all copies, unless all
-    of them are. ValueError where a parameter is not float32: Adam's small steps would be lost in its rounding.
+    The teacher itself is not changed. A parameter that is frozen in the teacher stays frozen in the copies. If all are
+    frozen, all learn in the copies. ValueError where a parameter is not float32, which would round Adam's steps away.
     """
     learns = [p.requires_grad for p in teacher.parameters()]
     if not any(learns):
         learns = [True] * len(learns)
-    if any(p.dtype != torch.float32 for p in teacher.parameters()):
-        raise ValueError("the teacher's parameters must be float32; it may compute in bfloat16 inside")
     frozen_teacher = copy.deepcopy(teacher).eval().requires_grad_(False)
     generator = copy.deepcopy(teacher if generator is None else generator).eval()
     fake = copy.deepcopy(teacher if fake is None else fake).eval()
     average = copy.deepcopy(generator).requires_grad_(False)
+    for network in (frozen_teacher, generator, fake):
+        if any(p.dtype != torch.float32 for p in network.parameters()):
+            raise ValueError("parameters must be float32; a network may compute in bfloat16 inside")
     optimizers = []
     for network, lr in ((generator, s.lr), (fake, s.lr_fake)):
-        for parameter, learn in zip(network.parameters(), learns):
+        for parameter, learn in zip(network.parameters(), learns, strict=True):
             parameter.requires_grad_(learn)
         learning = [p for p in network.parameters() if p.requires_grad]
         optimizers.append(torch.optim.Adam(learning, lr, betas=(0.0, 0.999), fused=True))
@@ -205,7 +208,7 @@ def set_learning_rates(n, s, step):
 
 @torch.no_grad()
 def update_average(average, network, ema, step):
-    """average <- beta average + (1 - beta) network. beta is `ema`, but smaller at first, to leave the start behind."""
+    """average <- beta average + (1 - beta) network. beta is `ema`, and smaller in the first steps."""
     beta = min(ema, (1 + step) / (8 + step))
     for a, p in zip(average.parameters(), network.parameters()):
         a.lerp_(p, 1 - beta)
@@ -227,7 +230,7 @@ def distill(s, n, override, first=0):
                          z, c_phi, c_psi, forgotten, s, n.teacher.sigma_data)
         for name, value in terms.items():
             if not value.isfinite():
-                raise RunFailed(f"{name} is {value} at step {step + 1}: try a smaller --lr")
+                raise RunFailed(f"{name} is {value} at step {step + 1}: begin again with smaller --lr and --lr-fake")
         update_average(n.average, n.generator, s.ema, step)
         yield terms
 
@@ -242,9 +245,9 @@ def draw(generator, z, c, sigma_init=2.5):
 # --------------------------------------------------------------------------------------------------------- the labels
 
 def label_number(word, classes):
-    """Number of the label with this name, or with this number. MNIST's "0 - zero" is found as 0 and as zero.
+    """Index of the class with this name, or else with this number. MNIST's "0 - zero" is found as 0 and as zero.
 
-    BadInput where there is none, or where a number could mean two labels: 1, with the classes "1 - cat" and "2 - dog".
+    BadInput where there is none, or where a number could mean two: 1, with the classes "1 - cat" and "2 - dog".
     """
     def plain(name):
         return unicodedata.normalize("NFC", name).casefold()
@@ -254,22 +257,28 @@ def label_number(word, classes):
         found = [k for k, name in enumerate(spelled) if plain(name) == plain(word)]
         if len(found) == 1:
             return found[0]
-    if word.isdecimal() and int(word) < len(classes):
-        numbered = [k for k, name in enumerate(classes) if re.match(rf"0*{int(word)}(\D|$)", name)]
-        if numbered and numbered != [int(word)]:
-            raise BadInput(f"{word} could be {classes[int(word)]!r} or {classes[numbered[0]]!r}: give the name")
-        return int(word)
+    if word.isdecimal():
+        number = int(word)
+        found = {k for k, name in enumerate(classes) if re.match(rf"0*{number}[\W_]", name)}
+        if number < len(classes):
+            found.add(number)
+        if len(found) > 1:
+            raise BadInput(f"{word} could be {' or '.join(classes[k] for k in sorted(found))}: give the name")
+        if found:
+            return found.pop()
     raise BadInput(f"no label {word!r}: {' '.join(names)}, or 0 to {len(classes) - 1}")
 
 
 def override_labels(forget, to, K):
-    """override (K,) for `distill`, from numbers of labels: to[i] is drawn under forget[i]. -1 is a random kept label.
+    """override (K,) for `distill`: the teacher is given label to[i] in the place of forget[i]; -1: a random kept label.
 
-    BadInput where a label is forgotten twice, none is kept, or an override is itself to be forgotten.
+    BadInput where a label is forgotten twice, none is kept, the lists differ in length, or an override is forgotten.
     """
     override = torch.arange(K)
-    if len(set(forget)) < len(forget) or len(set(forget)) >= K:
-        raise BadInput(f"--forget takes different labels, and at least one of the {K} labels must be kept")
+    if len(set(forget)) < len(forget):
+        raise BadInput("--forget names a label twice")
+    if len(forget) >= K:
+        raise BadInput(f"--forget names all {K} labels: at least one must be kept")
     if len(to) != len(forget):
         raise BadInput(f"--to takes one label, or one for each of the {len(forget)} labels to forget; it got {len(to)}")
     if set(forget) & set(to):
@@ -279,14 +288,17 @@ def override_labels(forget, to, K):
 
 
 def read_labels(forget, to, classes):
-    """Numbers of the labels to forget and of their overrides, from words of the command line."""
+    """Indices of the labels to forget and of their overrides, from words of the command line. -1: a random kept label.
+    """
     if forget == ["none"]:
         if to != ["random"]:
             raise BadInput("--to has no effect with --forget none")
         return [], []
     c_f = [label_number(word, classes) for word in forget]
     c_o = [-1 if word == "random" else label_number(word, classes) for word in to]
-    return c_f, c_o * len(c_f) if len(c_o) == 1 else c_o
+    if len(c_o) == 1:
+        c_o = c_o * len(c_f)
+    return c_f, c_o
 
 
 # --------------------------------------------------------------------------------------------------- the command line
@@ -302,12 +314,12 @@ def find_teacher(data):
 
 
 def load_start(path, teacher, s):
-    """(generator, fake score) of the both.pt of an earlier run, to begin from."""
+    """Load (generator, fake score) from the both.pt of an earlier run. BadInput where they do not fit the teacher."""
     content = load_file(path)
-    if "fake" not in content or "net" not in content:
+    if not {"net", "weights", "fake", "sigma_init"} <= content.keys():
         raise BadInput(f"{path} holds no fake score: --init-from takes the both.pt of a run")
-    kind = type(teacher)
-    generator, fake = unpack(content, kind), unpack({**content, "weights": content["fake"]}, kind)
+    generator = unpack(content, type(teacher))
+    fake = unpack({"net": content["net"], "weights": content["fake"]}, type(teacher))
     if generator.settings != teacher.settings or content["sigma_init"] != s.sigma_init:
         raise BadInput(f"{path} has another network or another sigma_init than this run")
     device = teacher.conditions.device
@@ -334,7 +346,7 @@ def run(s, n, override, checkpoint, settings):
 
 
 def preset_name(data, forgets, init_from):
-    """The key of PRESETS for a run. Images of other data sets than MNIST's get the preset of CIFAR-10."""
+    """The key of PRESETS for a run. All data sets but MNIST and Fashion-MNIST get the preset of CIFAR-10."""
     name = "mnist" if data in ("mnist", "fashion_mnist") else "cifar10"
     if not forgets:
         return f"{name}, forgetting nothing"
@@ -342,25 +354,25 @@ def preset_name(data, forgets, init_from):
 
 
 def default_folder(data, a):
-    """runs/mnist-forget0-to1, or with -second-stage behind it."""
+    """Such as runs/mnist-forget0-to1, runs/mnist-sid, or runs/mnist-forget0-to1-second-stage."""
     name = Path(data).name + ("-sid" if a.forget == ["none"] else f"-forget{'-'.join(a.forget)}-to{'-'.join(a.to)}")
     name += "-second-stage" if a.init_from else ""
     return "runs/" + re.sub(r"[^\w.-]+", "_", name)[:200]
 
 
 def parse(argv):
-    """The options of the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--forget", nargs="+", default=["0"], help="labels to forget, by name or number, or none")
     parser.add_argument("--to", nargs="+", default=["random"], help="label drawn instead: one, one for each, or random")
-    parser.add_argument("--data", default="mnist", help="data set of the teacher: mnist, cifar10, or your own")
+    parser.add_argument("--data", default="mnist", help="data set whose teacher is used: mnist, cifar10, ...")
     parser.add_argument("--teacher", help="file of the teacher (default: the one of the data set)")
-    parser.add_argument("--init-from", help="second stage: start from this both.pt; the teacher stays the same")
+    parser.add_argument("--init-from", help="second stage: start generator and fake score from this both.pt")
     parser.add_argument("--out", help="folder to write to (default: runs/<data>-forget...)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     for f in fields(Settings):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"see Settings (default {f.default})")
+        option, default = "--" + f.name.replace("_", "-"), f"default: of the preset, or {f.default}"
+        parser.add_argument(option, type=f.type, help=f"see Settings ({default})")
     return parser.parse_args(argv)
 
 
@@ -383,10 +395,12 @@ def main(argv):
     out = Path(a.out or default_folder(info["data"], a)).expanduser()
     if out.exists() and not a.resume:
         raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
+    if a.resume and not (out / "checkpoint.pt").exists():
+        raise BadInput(f"{out} holds no checkpoint.pt to go on with")
     out.mkdir(parents=True, exist_ok=True)
     print(f"{preset}: {s.steps} steps of {s.batch} images on {device.type}, writing to {out}")
     fixed = {**asdict(s), "forget": c_f, "to": c_o, "teacher": info["sha256"],
-             "init_from": a.init_from and digest(a.init_from)}
+             "init_from": digest(a.init_from) if a.init_from else None}
     try:
         seconds = run(s, n, override, out / "checkpoint.pt", fixed)
     except KeyboardInterrupt as e:
@@ -399,15 +413,15 @@ def main(argv):
                             "teacher": a.teacher or "", "init_from": a.init_from or ""}}
     save_file(out / "generator.pt", {**content, **pack(n.average)})
     save_file(out / "both.pt", {**content, **pack(n.average, half=True), "fake": pack(n.fake, half=True)["weights"]})
-    z = torch.randn(20 * len(override), *teacher.shape, device=device)
-    images = draw(n.average, z, teacher.conditions.repeat_interleave(20, 0), s.sigma_init)
-    save_images(images, 20, out / "samples.png")
+    z = torch.randn(20, *teacher.shape, device=device)      # the same noise under every label
+    rows = [draw(n.average, z, c.expand(20, *c.shape), s.sigma_init) for c in teacher.conditions]
+    save_images(torch.cat(rows), 20, out / "samples.png")
     print(f"trained in {seconds:.0f} s: {out / 'generator.pt'}, with samples.png beside it, a row for each label")
 
     if not (Path(__file__).parent / "lab").is_dir():
-        print("not evaluated: that needs the folder lab/ of the project")
+        print("not evaluated: the folder lab/ of the project is missing")
         return
-    from lab.evaluate import evaluate_run   # two classifiers look at the images
+    from lab.evaluate import evaluate_run   # two classifiers label the images
     evaluate_run(out, device=a.device)
 
 

@@ -3,7 +3,7 @@
     python train_teacher.py --data mnist                  # -> runs/mnist-teacher/teacher.pt
     python train_teacher.py --data path/to/class/folders  # your own images, one folder for each class
 
-This is the only part of SFD that needs images.
+SFD itself needs no images: only its teacher is trained on them. Your own images are read by lab/core/images.py.
 """
 import copy
 import math
@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, edm_loss, has_fast_bf16,
-                      heun_sampler, load_checkpoint, load_network, machine, pack, pick_device, save_checkpoint,
-                      save_file, save_images, stratified_normal, weighted_distance)
+from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, digest, edm_loss,
+                      has_fast_bf16, heun_sampler, load_checkpoint, load_network, machine, pack, pick_device,
+                      save_checkpoint, save_file, save_images, stratified_normal, weighted_distance)
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Settings:
     ema: float = 0.999                 # decay of the running average of the weights, which is the teacher
     p_mean: float = 0.2                # training noise: ln sigma ~ N(p_mean, p_std^2); EDM's p_mean is -1.2
     p_std: float = 1.2
-    label_drop: float = 0.1            # share of labels replaced by zeros, which come to mean "any label"
+    label_drop: float = 0.1            # share of labels replaced by zeros, so that zeros mean "any label"
     guidance: float = 1.0              # strength of the guidance that is trained into the network; 1 is EDM's own loss
     guidance_below: float = math.inf   # guidance is applied at noise levels sigma below this
     seed: int = 0
@@ -51,7 +51,7 @@ class Settings:
 MNIST_NET = NetSettings(patch=2, model_channels=32, channel_mult=(1, 2), num_blocks=1)
 PHOTO_NET = NetSettings(resolution=32, channels=3, patch=2, model_channels=64, channel_mult=(1, 2, 2), num_blocks=1,
                         attn_resolutions=(8,))
-PRESETS = {  # network, random mirroring of images, and differences from the settings above
+PRESETS = {  # (network, whether images are mirrored at random, differences from the settings above)
     "mnist": (MNIST_NET, False, dict()),
     "fashion_mnist": (MNIST_NET, False, dict()),
     "cifar10": (PHOTO_NET, True, dict(p_mean=-0.4, p_std=1.4, steps=4_400, batch=512)),
@@ -101,11 +101,11 @@ def batches(images, labels, batch, flip):
 # -------------------------------------------------------------------------------------------------------- the training
 
 def guided_edm_loss(D, x, sigma, c, guidance=1.0, guidance_below=math.inf):
-    """EDM's loss with guidance trained into the network: the teachers that come with the project were made with it.
+    """EDM's loss with guidance trained into the network: the shipped teachers were made so (teachers/README.md).
 
-    With guidance g the target is x + (1 - 1/g) sg[D(x_t; c) - D(x_t; 0)] (Tang et al. 2025, arXiv 2502.12154). The loss
-    is smallest at E_0 + g (E_c - E_0), E the posterior means: one evaluation gives what classifier-free guidance takes
-    two for. From sigma = guidance_below up the target is x (Kynkaanniemi et al. 2024, arXiv 2404.07724).
+    With guidance g the target is x + (1 - 1/g) [D(x_t; c) - D(x_t; 0)], without gradient (Tang et al. 2025, arXiv
+    2502.12154). D converges to E_0 + g (E_c - E_0), E the posterior means: one evaluation then replaces the two of
+    classifier-free guidance. From sigma = guidance_below up the target is x (Kynkaanniemi et al. 2024, 2404.07724).
     """
     if guidance == 1:
         return edm_loss(D, x, sigma, c)
@@ -118,7 +118,7 @@ def guided_edm_loss(D, x, sigma, c, guidance=1.0, guidance_below=math.inf):
 
 
 def learning_rate(s, step):
-    """Linear warm-up, then a cosine to zero."""
+    """A linear warm-up times a cosine to zero."""
     return s.lr * min(1.0, (step + 1) / s.warmup) * 0.5 * (1 + math.cos(math.pi * step / s.steps))
 
 
@@ -162,8 +162,7 @@ def run(s, data, parts, checkpoint, fixed):
     for step, terms in enumerate(bar, first + 1):
         if step % 50 == 0 or step == s.steps:
             if not terms["loss"].isfinite():
-                raise RunFailed(f"the loss is {terms['loss']} at step {step}: try a smaller --lr. "
-                                f"{checkpoint} has the last good step")
+                raise RunFailed(f"the loss is {terms['loss']} at step {step}: begin again with a smaller --lr")
             bar.set_postfix(loss=f"{terms['loss']:.3g}")
         if time.monotonic() - saved > 30 or step == s.steps:
             saved = time.monotonic()
@@ -172,17 +171,18 @@ def run(s, data, parts, checkpoint, fixed):
 
 
 def load_images(data, data_dir, size):
-    """(images, labels, class names) to train on: of torchvision, or of a folder of class folders."""
+    """(images, labels, class names) to train on, from torchvision or from a folder of class folders."""
     if data in TORCHVISION:
         if size:
             raise BadInput(f"--size is for folders of images; {data} has its own")
         return load_known(data, data_dir)
-    from lab.core.images import load_folder     # the one part that needs the folder lab/
+    if not (Path(__file__).parent / "lab").is_dir():
+        raise BadInput(f"{data} is no data set of torchvision, and folders need the folder lab/ of the project")
+    from lab.core.images import load_folder
     return load_folder(Path(data), size, train=True)
 
 
 def parse(argv):
-    """The options of the command line."""
     parser = Parser(__doc__)
     parser.add_argument("--data", default="mnist", help="mnist, fashion_mnist, cifar10, or a folder of class folders")
     parser.add_argument("--data-dir", default="data", help="where torchvision keeps or downloads the images")
@@ -192,7 +192,8 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
     parser.add_argument("--resume", action="store_true", help="go on with the run in the folder")
     for f in fields(Settings):
-        parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, help=f"see Settings (default {f.default})")
+        option, default = "--" + f.name.replace("_", "-"), f"default: of the preset, or {f.default}"
+        parser.add_argument(option, type=f.type, help=f"see Settings ({default})")
     return parser.parse_args(argv)
 
 
@@ -212,14 +213,15 @@ def main(argv):
         raise BadInput(f"{out} is inside the images' folder: name another folder with --out")
     if out.exists() and not a.resume:
         raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
-    out.mkdir(parents=True, exist_ok=True)
+    if a.resume and not (out / "checkpoint.pt").exists():
+        raise BadInput(f"{out} holds no checkpoint.pt to go on with")
 
     torch.manual_seed(s.seed)
     network = EDMPrecond(net).to(device)
     if a.init_from:
         start, info = load_network(a.init_from, device)
         if start.settings != net or "sigma_init" in info:
-            raise BadInput(f"{a.init_from} is no teacher with the network of this run, {net}")
+            raise BadInput(f"{a.init_from} is no teacher, or has another network than this run, {net}")
         network.load_state_dict(start.state_dict())
     network.bf16 = has_fast_bf16(device)
     images, labels = images.to(device), labels.to(device)
@@ -228,8 +230,9 @@ def main(argv):
     print(f"{size:.2f} M parameters on {device.type}, {len(images)} images of {len(classes)} classes, "
           f"{s.steps} steps of {s.batch}, writing to {out}")
     fixed = {**asdict(s), "images": [[name, int((labels == k).sum())] for k, name in enumerate(classes)],
-             "size": a.size, "init_from": a.init_from}
+             "size": a.size, "init_from": digest(a.init_from) if a.init_from else None}
     parts = begin(network, s.lr)
+    out.mkdir(parents=True, exist_ok=True)
     try:
         seconds = run(s, data, parts, out / "checkpoint.pt", fixed)
     except KeyboardInterrupt as e:

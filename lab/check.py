@@ -19,7 +19,7 @@ comparison uses the same noise. This file needs torch alone, and can be copied.
 """
 import functools
 import inspect
-import re
+import textwrap
 import traceback
 from types import SimpleNamespace
 
@@ -508,11 +508,11 @@ def attempt(f, name, strict):
     except (NotImplementedError, Wrong):
         raise
     except Exception as e:  # whatever the code of a student raises
-        first_sentence = re.split(r"[\n(]|\. ", str(e))[0].strip()
         name_of_f = getattr(f, "__name__", None)
         own_lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.name == name_of_f]
         where = f", in line {own_lines[-1]}" if own_lines else ""
-        return {"error": f"{type(e).__name__}: {first_sentence}", "where": where}, noises
+        message = textwrap.shorten(str(e), 110, placeholder=" ...")
+        return {"error": f"{type(e).__name__}: {message}", "where": where}, noises
 
 
 def attempt_reference(name, noises, strict, bug=None):

@@ -67,7 +67,9 @@ def image_rows(rows, labels, forgotten=0, signed=()):
             ax.imshow(image[0], cmap="RdBu" if title in signed else "gray", vmin=-1, vmax=1)
             ax.set(xticks=[], yticks=[])
             for side in ax.spines.values():
-                side.set(visible=True, color=FORGOTTEN if k == forgotten else GREY, linewidth=3 if k == forgotten else 1)
+                side.set(visible=True, color=GREY, linewidth=1)
+                if k == forgotten:
+                    side.set(color=FORGOTTEN, linewidth=3)
         line[0].set_ylabel(title, rotation=0, ha="right", va="center")
     plt.show()
 

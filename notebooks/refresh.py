@@ -1,7 +1,7 @@
 """Run the notebooks from top to bottom and write their outputs.
 
     python notebooks/refresh.py                # all notebooks, or those that are named
-    python notebooks/refresh.py --check        # write nothing; fail where a notebook prints something else than it holds
+    python notebooks/refresh.py --check        # write nothing; fail where a notebook prints something else than before
 
 Printed text must be the same, and each number in it within atol + rtol * |number|. Both are in the metadata of each
 notebook, and in words in its first cell. The first code cell of every notebook is SETUP.

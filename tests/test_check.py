@@ -85,7 +85,8 @@ def test_the_folded_solutions_are_right(capsys):
 
 def test_a_step_in_another_order_of_random_numbers_is_right(capsys):
     """The generator is evaluated twice, as in the official code, and gradients are removed at the end of the step."""
-    def my_sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s, sigma_data):
+    def my_sfd_step(generator, fake, teacher, optimizer_theta, optimizer_psi, z, c_phi, c_psi, forgotten, s,
+                    sigma_data):
         per_sample = (len(z), 1, 1, 1)
         u = s.u_max * torch.rand(per_sample, dtype=z.dtype)
         sigma_theta = (s.sigma_min ** (1 / 7) * (1 - u) + s.sigma_max ** (1 / 7) * u) ** 7
@@ -113,7 +114,8 @@ def test_a_step_in_another_order_of_random_numbers_is_right(capsys):
 # ------------------------------------------------------------------------------------------------------- what is wrong
 
 def test_every_planted_bug_of_the_code_to_paste_has_a_name():
-    assert PLANTED.keys() == {bug for bug, (file, line, _) in BUGS.items() if file == "sfd_minimal.py" and line in PASTED}
+    planted = {bug for bug, (file, line, _) in BUGS.items() if file == "sfd_minimal.py" and line in PASTED}
+    assert PLANTED.keys() == planted
     assert set(PLANTED.values()) <= grader.BUGS.keys()
 
 
@@ -181,9 +183,10 @@ def test_each_outcome_is_one_line(capsys):
     assert grade(capsys, loss, "fake_score_loss") == (False, "fake_score_loss: wrong shape: the loss is (), not (256,)")
 
     def loss(fake, x_g, c, sigma, sigma_data=0.5):
-        return sfd_minimal.fake_score_loss(fake, x_g, c, sigma.flatten(), sigma_data)
+        return fake(x_g + sigma * torch.randn_like(x_g), sigma.flatten(), c)
 
-    assert grade(capsys, loss, "fake_score_loss")[1].startswith("fake_score_loss: wrong shape: ")
+    assert grade(capsys, loss, "fake_score_loss") == (False, (
+        "fake_score_loss: wrong shape: sigma of the fake score is (256,), not (256, 1, 1, 1)"))
 
     def loss(fake, x_g, c, sigma, sigma_data=0.5):
         return 3 * sfd_minimal.fake_score_loss(fake, x_g, c, sigma, sigma_data)

@@ -26,7 +26,7 @@ MNIST = load_file(ROOT / "teachers" / "mnist.pt")["classes"]
 PACKAGES = ("lab.audit", "lab.baselines", "lab.evaluate", "lab.prompts")
 PROGRAMS = ["sfd_minimal", "train_teacher", "lab.distill", "lab.sample", "lab.judge", "lab.fid", "lab.evaluate",
             "lab.baselines", "lab.baselines.grid", "lab.audit", "lab.prompts", "lab.prompts.train_teacher",
-            "lab.prompts.sample", "lab.prompts.compare", "lab.report", "lab.readme", "lab.bench", "lab.movie"]
+            "lab.prompts.sample", "lab.prompts.compare", "lab.report", "lab.readme", "lab.movie"]
 
 
 def program_module(name):
@@ -177,7 +177,6 @@ CASES = {  # program: [(options, where {} is the folder of bad files; a word tha
     "lab.fid": [("", "file"), ("{}/good.pt --per-label 0", "--per-label")],
     "lab.report": [("", "run"), ("{}/no-images", "no-images")],
     "lab.readme": [("--frobnicate 3", "--frobnicate")],
-    "lab.bench": [("--seconds 0", "--seconds"), ("--frobnicate 3", "--frobnicate")],
     "lab.movie": [("--out x.png", "x.png"), ("--steps -1", "--steps"), ("--forget 10", "10")],
 }
 
@@ -251,6 +250,7 @@ def test_weights_too_large_for_their_file_are_one_line(tiny, tmp_path, unevaluat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sfd_minimal, "distill", distill)
+    monkeypatch.setattr(sfd_minimal, "tqdm", lambda steps, **options: steps)
     argv = ["sfd", "--teacher", str(tiny), "--steps", "1", "--device", "cpu"]
     last_line(lambda: edm_unet.command(sfd_minimal.main), argv, monkeypatch, capsys, codes=(1, 2))
 

@@ -17,7 +17,7 @@ FLOORS = [  # from the ground up; each string is a floor of rooms, and a room im
     "lab.distill",
     "lab.baselines, lab.audit, lab.adapters.stable_diffusion",
     "lab.prompts",
-    "lab.report lab.readme lab.bench lab.movie lab.check lab.notebook",
+    "lab.report lab.readme lab.movie lab.check lab.notebook",
 ]
 UPWARDS = {  # imports inside of functions, of what is not needed to import or train
     ("sfd_minimal", "lab.evaluate"),

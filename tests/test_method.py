@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import lab.distill
 import sfd_minimal
 from closed_form import ring
 from conftest import ROOT, assert_same, tiny_network
@@ -557,14 +558,36 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_a_step_never_waits_for_the_gpu():
+@pytest.mark.parametrize("guidance, waits", [(1, []), (2, ["nonzero"])])
+def test_a_step_never_waits_for_the_gpu(guidance, waits):
+    """With guidance, which is in lab.distill, it waits once."""
     generator, fake, teacher = networks_for_labels()
     optimizers = [torch.optim.Adam(network.parameters(), fused=True) for network in (generator, fake)]
-    labels = sfd_minimal.draw_labels(8, torch.tensor([1, 1, 2]), teacher.conditions)
-    with Waits() as waits:
-        sfd_minimal.sfd_step(generator, fake, teacher, *optimizers, torch.randn(8, *teacher.shape), *labels,
-                             sfd_minimal.Settings())
-    assert waits.seen == []
+    c_phi, c_psi, forgotten = sfd_minimal.draw_labels(8, torch.tensor([1, 1, 2]), teacher.conditions)
+    z = torch.randn(8, *teacher.shape)
+    with Waits() as mode:
+        D = lab.distill.guided(teacher, c_psi, forgotten, guidance) if guidance != 1 else teacher
+        sfd_minimal.sfd_step(generator, fake, D, *optimizers, z, c_phi, c_psi, forgotten, sfd_minimal.Settings())
+    assert mode.seen == waits
+
+
+def test_gradients_in_another_memory_layout_give_the_same_step():
+    """Compiled convolutions give such gradients, which a fused Adam on the CPU would read in the wrong order."""
+    after = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        generator, fake, teacher = networks_for_labels()
+        for network in (generator, fake):
+            for p in network.parameters():
+                if p.ndim == 4:
+                    p.register_hook(lambda g, layout=layout: g.contiguous(memory_format=layout))
+        optimizers = [torch.optim.Adam(network.parameters(), 1e-2, fused=True) for network in (generator, fake)]
+        torch.manual_seed(1)
+        labels = sfd_minimal.draw_labels(8, torch.tensor([1, 1, 2]), teacher.conditions)
+        z = torch.randn(8, *teacher.shape)
+        sfd_minimal.sfd_step(generator, fake, teacher, *optimizers, z, *labels, sfd_minimal.Settings())
+        after.append([p.detach() for network in (generator, fake) for p in network.parameters()])
+    for p, q in zip(*after):
+        assert (p - q).norm() <= 1e-5 * q.norm() + 1e-7
 
 
 # ------------------------------------------------------------------------------------------------- several processes
