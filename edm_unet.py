@@ -337,6 +337,8 @@ def save_file(path, content):
         os.replace(partial, path)
     except (OSError, RuntimeError) as e:  # torch reports a full disk as a RuntimeError
         partial.unlink(missing_ok=True)
+        if isinstance(e.__context__, KeyboardInterrupt):  # and Ctrl-C in the middle of its writing too
+            raise e.__context__
         raise OSError(f"could not write {path} ({e}); a file that was there is unharmed") from e
 
 
@@ -354,6 +356,31 @@ def load_file(path):
     if not isinstance(content, dict):
         raise BadInput(f"{path} is no file of this project")
     return content
+
+
+DATA_SETS = ("mnist", "fashion_mnist", "cifar10")  # of torchvision; any other name is a folder of images
+
+
+def data_name(data):
+    """Name of a data set in file names: for a folder its last part, with -folder where torchvision has that name."""
+    if data in DATA_SETS:
+        return data
+    name = Path(data).resolve().name
+    return f"{name}-folder" if name in DATA_SETS else name
+
+
+def make_run_folder(path, resume):
+    """Make the folder of a run. BadInput where it is there already, and with `resume` where it has no checkpoint."""
+    path = Path(path).expanduser()
+    if resume and not (path / "checkpoint.pt").exists():
+        raise BadInput(f"{path} holds no checkpoint.pt to go on with")
+    try:
+        path.mkdir(parents=True, exist_ok=resume)
+    except FileExistsError as e:
+        raise BadInput(f"{path} is there already: --resume goes on with it, --out names another folder") from e
+    except OSError as e:
+        raise BadInput(f"cannot write to {path}: {e.strerror}") from e
+    return path
 
 
 def digest(*paths):
@@ -497,12 +524,12 @@ def command(main):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         main(sys.argv[1:])
-    except (BadInput, RunFailed, OSError, RuntimeError) as e:
-        lacks_memory = any(words in str(e) for words in OUT_OF_MEMORY)
+    except (BadInput, RunFailed, OSError, RuntimeError, MemoryError) as e:
+        lacks_memory = isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY)
         if not isinstance(e, (BadInput, RunFailed, OSError)) and not lacks_memory:
             raise
         advice = ": try a smaller --batch" if lacks_memory else ""
-        print("error:", " ".join(str(e).split()) + advice, file=sys.stderr)
+        print("error:", (" ".join(str(e).split()) or "out of memory") + advice, file=sys.stderr)
         sys.exit(2 if isinstance(e, BadInput) else 1)
     except KeyboardInterrupt as e:
         print(f"stopped; to go on: {resume_command()}" if isinstance(e, Stopped) else "stopped", file=sys.stderr)

@@ -24,8 +24,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, digest, load_checkpoint, load_file, load_network,
-                      machine, pack, pick_device, save_checkpoint, save_file, save_images, unpack)
+from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, data_name, digest, load_checkpoint, load_file,
+                      load_network, machine, make_run_folder, pack, pick_device, save_checkpoint, save_file,
+                      save_images, unpack)
 
 
 @dataclass
@@ -290,6 +291,9 @@ def override_labels(forget, to, K):
 def read_labels(forget, to, classes):
     """Indices of the labels to forget and of their overrides, from words of the command line. -1: a random kept label.
     """
+    for word, words in (("none", forget), ("random", to)):
+        if word in words and word in classes:
+            raise BadInput(f"{word} is a label as well: give its number")
     if forget == ["none"]:
         if to != ["random"]:
             raise BadInput("--to has no effect with --forget none")
@@ -305,7 +309,7 @@ def read_labels(forget, to, classes):
 
 def find_teacher(data):
     """The teacher's file of a data set: the one that comes with the project, or the one trained in runs/."""
-    paths = (Path(__file__).parent / "teachers" / f"{data}.pt", Path("runs") / f"{Path(data).name}-teacher/teacher.pt")
+    paths = (Path(__file__).parent / "teachers" / f"{data}.pt", Path("runs") / f"{data_name(data)}-teacher/teacher.pt")
     for path in paths:
         if path.is_file():
             return path
@@ -318,8 +322,11 @@ def load_start(path, teacher, s):
     content = load_file(path)
     if not {"net", "weights", "fake", "sigma_init"} <= content.keys():
         raise BadInput(f"{path} holds no fake score: --init-from takes the both.pt of a run")
-    generator = unpack(content, type(teacher))
-    fake = unpack({"net": content["net"], "weights": content["fake"]}, type(teacher))
+    try:
+        generator = unpack(content, type(teacher))
+        fake = unpack({"net": content["net"], "weights": content["fake"]}, type(teacher))
+    except BadInput as e:
+        raise BadInput(f"{path}: {e}") from e
     if generator.settings != teacher.settings or content["sigma_init"] != s.sigma_init:
         raise BadInput(f"{path} has another network or another sigma_init than this run")
     device = teacher.conditions.device
@@ -345,6 +352,26 @@ def run(s, n, override, checkpoint, settings):
     return seconds + time.monotonic() - began
 
 
+def write_results(out, n, sigma_init, content):
+    """Write generator.pt, both.pt (with the fake score, for --init-from) and samples.png, a row for each label."""
+    save_file(out / "generator.pt", {**content, **pack(n.average)})
+    save_file(out / "both.pt", {**content, **pack(n.average, half=True), "fake": pack(n.fake, half=True)["weights"]})
+    conditions = n.teacher.conditions
+    z = torch.randn(20, *n.teacher.shape, device=conditions.device)     # the same noise under every label
+    rows = [draw(n.average, z, c.expand(20, *c.shape), sigma_init) for c in conditions]
+    save_images(torch.cat(rows), 20, out / "samples.png")
+    print(f"trained in {content['seconds']:.0f} s: {out / 'generator.pt'}, with samples.png beside it")
+
+
+def evaluate(out, device):
+    """Print the metrics of the generator in `out`. Two classifiers label its images: the one part that needs lab/."""
+    if not (Path(__file__).parent / "lab").is_dir():
+        print("not evaluated: the folder lab/ of the project is missing")
+        return
+    from lab.evaluate import evaluate_run
+    evaluate_run(out, device=device)
+
+
 def preset_name(data, forgets, init_from):
     """The key of PRESETS for a run. All data sets but MNIST and Fashion-MNIST get the preset of CIFAR-10."""
     name = "mnist" if data in ("mnist", "fashion_mnist") else "cifar10"
@@ -355,7 +382,7 @@ def preset_name(data, forgets, init_from):
 
 def default_folder(data, a):
     """Such as runs/mnist-forget0-to1, runs/mnist-sid, or runs/mnist-forget0-to1-second-stage."""
-    name = Path(data).name + ("-sid" if a.forget == ["none"] else f"-forget{'-'.join(a.forget)}-to{'-'.join(a.to)}")
+    name = data_name(data) + ("-sid" if a.forget == ["none"] else f"-forget{'-'.join(a.forget)}-to{'-'.join(a.to)}")
     name += "-second-stage" if a.init_from else ""
     return "runs/" + re.sub(r"[^\w.-]+", "_", name)[:200]
 
@@ -380,6 +407,8 @@ def main(argv):
     a = parse(argv)
     device = pick_device(a.device)
     teacher, info = load_network(a.teacher or find_teacher(a.data), device)
+    if len(info["classes"]) != len(teacher.conditions):
+        raise BadInput(f"{info['path']} has {len(info['classes'])} names for {len(teacher.conditions)} labels")
     if "sigma_init" in info:
         raise BadInput(f"{info['path']} is a one-step generator, not a teacher")
     c_f, c_o = read_labels(a.forget, a.to, info["classes"])
@@ -392,37 +421,20 @@ def main(argv):
     torch.manual_seed(s.seed)
     start = load_start(a.init_from, teacher, s) if a.init_from else (None, None)
     n = begin(teacher, s, *start)
-    out = Path(a.out or default_folder(info["data"], a)).expanduser()
-    if out.exists() and not a.resume:
-        raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
-    if a.resume and not (out / "checkpoint.pt").exists():
-        raise BadInput(f"{out} holds no checkpoint.pt to go on with")
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_run_folder(a.out or default_folder(info["data"], a), a.resume)
     print(f"{preset}: {s.steps} steps of {s.batch} images on {device.type}, writing to {out}")
     fixed = {**asdict(s), "forget": c_f, "to": c_o, "teacher": info["sha256"],
              "init_from": digest(a.init_from) if a.init_from else None}
-    try:
-        seconds = run(s, n, override, out / "checkpoint.pt", fixed)
-    except KeyboardInterrupt as e:
-        raise Stopped from e
-
     content = {"data": info["data"], "classes": info["classes"], "size": info.get("size"), "sigma_init": s.sigma_init,
-               "forget": c_f, "to": c_o, "teacher_sha256": info["sha256"], "seconds": seconds,
-               "machine": machine(device),
+               "forget": c_f, "to": c_o, "teacher_sha256": info["sha256"], "machine": machine(device),
                "settings": {**asdict(s), "data": info["data"], "forget": a.forget, "to": a.to,
                             "teacher": a.teacher or "", "init_from": a.init_from or ""}}
-    save_file(out / "generator.pt", {**content, **pack(n.average)})
-    save_file(out / "both.pt", {**content, **pack(n.average, half=True), "fake": pack(n.fake, half=True)["weights"]})
-    z = torch.randn(20, *teacher.shape, device=device)      # the same noise under every label
-    rows = [draw(n.average, z, c.expand(20, *c.shape), s.sigma_init) for c in teacher.conditions]
-    save_images(torch.cat(rows), 20, out / "samples.png")
-    print(f"trained in {seconds:.0f} s: {out / 'generator.pt'}, with samples.png beside it, a row for each label")
-
-    if not (Path(__file__).parent / "lab").is_dir():
-        print("not evaluated: the folder lab/ of the project is missing")
-        return
-    from lab.evaluate import evaluate_run   # two classifiers label the images
-    evaluate_run(out, device=a.device)
+    try:
+        content["seconds"] = run(s, n, override, out / "checkpoint.pt", fixed)
+        write_results(out, n, s.sigma_init, content)
+        evaluate(out, a.device)
+    except KeyboardInterrupt as e:
+        raise Stopped from e
 
 
 if __name__ == "__main__":

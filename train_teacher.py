@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, digest, edm_loss,
-                      has_fast_bf16, heun_sampler, load_checkpoint, load_network, machine, pack, pick_device,
-                      save_checkpoint, save_file, save_images, stratified_normal, weighted_distance)
+from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, data_name, digest,
+                      edm_loss, has_fast_bf16, heun_sampler, load_checkpoint, load_network, machine, make_run_folder,
+                      pack, pick_device, save_checkpoint, save_file, save_images, stratified_normal, weighted_distance)
 
 
 @dataclass
@@ -170,6 +170,17 @@ def run(s, data, parts, checkpoint, fixed):
     return seconds + time.monotonic() - began
 
 
+def write_results(out, teacher, content):
+    """Write teacher.pt, in half precision, and samples.png, a row for each label."""
+    save_file(out / "teacher.pt", {**content, **pack(teacher, half=True)})
+    conditions = teacher.conditions
+    z = torch.randn(20 * len(conditions), *teacher.shape, device=conditions.device)
+    save_images(heun_sampler(teacher, z, conditions.repeat_interleave(20, 0)), 20, out / "samples.png")
+    print(f"trained in {content['seconds']:.0f} s: {out / 'teacher.pt'}, with samples.png beside it\n"
+          f"next: python -m lab.judge --data {content['data']}, then "
+          f"python sfd_minimal.py --teacher {out / 'teacher.pt'} --forget 0 --to 1")
+
+
 def load_images(data, data_dir, size):
     """(images, labels, class names) to train on, from torchvision or from a folder of class folders."""
     if data in TORCHVISION:
@@ -203,18 +214,16 @@ def main(argv):
     net, flip, preset = PRESETS.get(a.data, PRESETS["own images"])
     given = {f.name: getattr(a, f.name) for f in fields(Settings) if getattr(a, f.name) is not None}
     s = Settings(**{**preset, **given})
+    if a.size is not None and a.size < 1:
+        raise BadInput(f"--size must be above 0, not {a.size}")
     images, labels, classes = load_images(a.data, a.data_dir, a.size)
     try:
         net = replace(net, resolution=images.shape[2], channels=images.shape[1], num_classes=len(classes))
     except ValueError as e:
         raise BadInput(f"the images do not suit the network: {e}; another --size may") from e
-    out = Path(a.out or f"runs/{Path(a.data).resolve().name}-teacher").expanduser()
+    out = Path(a.out or f"runs/{data_name(a.data)}-teacher").expanduser()
     if a.data not in TORCHVISION and out.resolve().is_relative_to(Path(a.data).resolve()):
         raise BadInput(f"{out} is inside the images' folder: name another folder with --out")
-    if out.exists() and not a.resume:
-        raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
-    if a.resume and not (out / "checkpoint.pt").exists():
-        raise BadInput(f"{out} holds no checkpoint.pt to go on with")
 
     torch.manual_seed(s.seed)
     network = EDMPrecond(net).to(device)
@@ -232,21 +241,14 @@ def main(argv):
     fixed = {**asdict(s), "images": [[name, int((labels == k).sum())] for k, name in enumerate(classes)],
              "size": a.size, "init_from": digest(a.init_from) if a.init_from else None}
     parts = begin(network, s.lr)
-    out.mkdir(parents=True, exist_ok=True)
+    make_run_folder(out, a.resume)
+    content = {"data": a.data, "classes": classes, "size": a.size, "machine": machine(device),
+               "made_by": {**asdict(s), "data": a.data, "init_from": a.init_from}}
     try:
-        seconds = run(s, data, parts, out / "checkpoint.pt", fixed)
+        content["seconds"] = run(s, data, parts, out / "checkpoint.pt", fixed)
+        write_results(out, parts["average"], content)
     except KeyboardInterrupt as e:
         raise Stopped from e
-
-    teacher, path = parts["average"], out / "teacher.pt"
-    made_by = {**asdict(s), "data": a.data, "init_from": a.init_from}
-    save_file(path, {"data": a.data, "classes": classes, "size": a.size, "made_by": made_by,
-                     "machine": machine(device), "seconds": seconds, **pack(teacher, half=True)})
-    z = torch.randn(20 * len(classes), *teacher.shape, device=device)
-    save_images(heun_sampler(teacher, z, teacher.conditions.repeat_interleave(20, 0)), 20, out / "samples.png")
-    print(f"trained in {seconds:.0f} s: {path}, with samples.png beside it, a row for each label\n"
-          f"next: python -m lab.judge --data {a.data}, then "
-          f"python sfd_minimal.py --teacher {path} --forget 0 --to 1")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ PAGES = {  # other data sets: groups of runs.csv, and further columns
     "prompts": ({"prompts one stage": "one stage", "prompts anchored": "with an anchor"},
                 {"UA": "ua", "override": "override_share", "other attribute": "other_attribute",
                  "UA, unseen templates": "ua_unseen_templates",
-                 "override, unseen templates": "override_unseen_templates", "UA, other word": "ua_other_word", "digit": "kept_digit", "colour": "kept_colour",
+                 "override, unseen templates": "override_unseen_templates", "UA, other word": "ua_other_word",
+                 "digit": "kept_digit", "colour": "kept_colour",
                  "unseen templates": "unseen_templates", "unseen pairs": "unseen_pairs"}),
     "cifar10": ({"cifar10 one stage": "one stage", "cifar10 anchored": "with an anchor",
                  "cifar10 guided": "with an anchor, guidance 8"},
@@ -117,7 +118,8 @@ def forgets():
     return markdown(["", *titles], lines)
 
 
-FIVE = {"teacher": "the teacher", "retrain": "retrained without the class", "embedding_copy": "label column copied", "esd": "ESD, 2023",
+FIVE = {"teacher": "the teacher", "retrain": "retrained without the class",
+        "embedding_copy": "label column copied", "esd": "ESD, 2023",
         "salun": "SalUn, 2024", "sfd": "SFD, one stage"}
 COMES_BACK = {"retrain_sid": "retrained without the class, one step", "embedding_copy": "label column copied",
               "salun": "SalUn, 2024", "sfd": "SFD, one stage", "sfd_anchored": "SFD with an anchor"}

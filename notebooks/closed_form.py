@@ -1,4 +1,4 @@
-"""Labelled Gaussians in the plane, whose denoisers are known in closed form, and a small network for them.
+"""Labelled Gaussians in the plane, whose denoisers have a closed form, and a small network for them.
 
 The tests compare the method with this ground truth, and notebook 1 draws it.
 """

@@ -1,5 +1,5 @@
-"""Networks that predict something else, and published EDM pickles, are denoisers of the contract; hostile files are not.
-"""
+"""Networks that predict something else, and published EDM pickles, are denoisers of the contract. Hostile pickles are
+refused."""
 import collections
 import copy
 import math
@@ -30,7 +30,7 @@ ADAPTERS = {"eps": FromEpsilon, "v": FromV, "x_0": FromX0, "flow": FromFlow}
 # --------------------------------------------------------------------------------------------------- other predictions
 
 class Perfect(torch.nn.Module):
-    """What a perfect network predicts of Gaussians, whose denoiser is known."""
+    """What a perfect network predicts of Gaussians, whose denoiser is in closed form."""
 
     def __init__(self, predicts, ln_sigma):
         super().__init__()
@@ -157,7 +157,7 @@ def test_steps_of_sfd_on_an_adapter(kind, autocast):
 
 
 def test_guidance_is_away_from_the_concept_or_the_null_prompt():
-    """As in the official code for Stable Diffusion: one negative prompt for the rows to forget, another for the rest."""
+    """As in the official code for Stable Diffusion: the negative prompt of rows to forget is the concept."""
     def D(x, sigma, c):
         return x + c["state"] * c["mask"]
 

@@ -632,6 +632,7 @@ HALF = """
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, monkeypatch):
     """Under DistributedDataParallel, each process with half of the batch."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("", "tests", "notebooks"))}

@@ -12,7 +12,7 @@ from conftest import ROOT, assert_same
 from edm_unet import load_network
 
 PROJECT = {"edm_unet", "sfd_minimal", "train_teacher", "lab"}
-MODULES = f"""
+IMPORT = f"""
 import importlib, sys
 
 def imported(names):
@@ -20,6 +20,12 @@ def imported(names):
 
 program = importlib.import_module(sys.argv[1])
 print("after the import:", *imported({PROJECT | {"torchvision", "matplotlib", "PIL"}}))
+"""
+SMALL = """
+network = program.NetSettings(patch=4, model_channels=16, channel_mult=(1,), num_blocks=1)
+program.PRESETS["mnist"] = (network, False, {})
+"""
+RUN = f"""
 program.main(sys.argv[2:])
 print("after the run:", *imported({PROJECT}))
 """
@@ -53,7 +59,7 @@ def test_sfd_runs_from_two_files_and_a_teacher(folder):
     assert both["fake"].keys() == generator.state_dict().keys()
     assert_same({k: v.half() for k, v in generator.state_dict().items()}, both["weights"])
 
-    printed = alone(folder, "-c", MODULES, "sfd_minimal", *options, "--out", "again")
+    printed = alone(folder, "-c", IMPORT + RUN, "sfd_minimal", *options, "--out", "again")
     assert printed.count(": edm_unet sfd_minimal\n") == 2, printed
     assert_same(load_network(folder / "again" / "generator.pt")[0].state_dict(), generator.state_dict())
 
@@ -61,7 +67,7 @@ def test_sfd_runs_from_two_files_and_a_teacher(folder):
 def test_a_teacher_is_trained_from_two_files_and_images(tmp_path, mnist_dir):
     for name in ("edm_unet.py", "train_teacher.py"):
         shutil.copy(ROOT / name, tmp_path)
-    printed = alone(tmp_path, "-c", MODULES, "train_teacher", "--data-dir", mnist_dir, "--steps", "2",
+    printed = alone(tmp_path, "-c", IMPORT + SMALL + RUN, "train_teacher", "--data-dir", mnist_dir, "--steps", "2",
                     "--batch", "4", "--device", "cpu")
     assert printed.count(": edm_unet train_teacher\n") == 2, printed
     out = tmp_path / "runs" / "mnist-teacher"

@@ -54,7 +54,7 @@ def test_the_examples_run_as_they_stand(example, monkeypatch):
 
 
 def test_the_lines_of_sfd_step_are_those_of_the_file():
-    (block,) = re.findall(r"```python\n(x_g = .*?)```", README, re.S)
+    (block,) = re.findall(r"```python\n(c_phi, .*?)```", README, re.S)
     source = (ROOT / "sfd_minimal.py").read_text(encoding="utf-8")
     code = [line.split("  #")[0].strip() for line in source.splitlines()]
     for line in block.splitlines():

@@ -1,5 +1,5 @@
-"""The fixed point of SFD, on a mixture whose scores are known: under c_f the generator draws c_o, and only because of
-the score-forgetting term. The step is that of sfd_minimal.py, with small MLPs for generator and fake score."""
+"""The fixed point of SFD, on a mixture with scores in closed form: under c_f the generator draws c_o, and only because
+of the score-forgetting term. The step is that of sfd_minimal.py, with small MLPs for generator and fake score."""
 import copy
 import math
 
@@ -8,9 +8,11 @@ import torch
 
 from closed_form import MLP, SD, Guided, fit, ring
 from edm_unet import heun_sampler
-from sfd_minimal import Networks, Settings, draw_labels, override_labels, set_learning_rates, sfd_step
+from sfd_minimal import Networks, Settings, draw_labels, override_labels, set_learning_rates, sfd_step, update_average
 
 C_F, C_O = 0, 2
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,9 +44,7 @@ def run(truth, start, lambda_forget, steps):
         set_learning_rates(n, s, step)
         c_phi, c_psi, forgotten = draw_labels(256, override, torch.eye(5))
         sfd_step(generator, fake, truth, theta, psi, torch.randn(256, 2), c_phi, c_psi, forgotten, s, SD)
-        with torch.no_grad():
-            for a, g in zip(average.parameters(), generator.parameters()):
-                a.lerp_(g, 0.005)
+        update_average(average, generator, 0.998, step)
     return average
 
 
@@ -68,7 +68,7 @@ def distance(generator, k, truth, component):
 
 def test_the_forgotten_label_draws_the_override(pretrained):
     truth, start = pretrained
-    generator = run(truth, start, lambda_forget=1.0, steps=4000)
+    generator = run(truth, start, lambda_forget=1.0, steps=2500)
     for k in range(5):
         mean, cov = distance(generator, k, truth, C_O if k == C_F else k)
         assert mean < 0.1 and cov < 0.15, (

@@ -1,6 +1,8 @@
 """Networks that predict noise, v, x_0 or a flow velocity, as the denoiser D(x; sigma, c) of edm_unet.py's contract.
 
-    teacher = FromEpsilon(unet, alphas_cumprod, conditions, shape)    # then as any teacher: sfd_minimal.begin, distill
+    teacher = FromEpsilon(unet, alphas_cumprod, conditions, shape)
+    check_noise_range(teacher, s)                                     # s as in sfd_minimal.Settings
+    n = sfd_minimal.begin(teacher, s)                                 # from here on as any teacher
 
 Each class wraps net(x_in, t, c). x_in (B, ...) is in the network's own units, t (B,) is its time, and c is what the
 network takes: a tensor, or a tuple or dict of tensors. With x = x_0 + sigma eps and r = sqrt(1 + sigma^2):
@@ -114,8 +116,8 @@ class Discrete(Denoiser):
                              f"1 - beta does; these {len(alphas_cumprod)} numbers begin with {first:g} and end with "
                              f"{last:g}. A step without noise (1) or without image (0) must be left out")
         if last > 0.5:
-            raise ValueError(f"alphas_cumprod ends with {last:g}, where more image than noise is left: these may be the "
-                             "alphas, instead of their cumulative product")
+            raise ValueError(f"alphas_cumprod ends with {last:g}, where more image than noise is left: these may be "
+                             "alphas instead of their cumulative product")
         ln_sigma = (1 / alphas_cumprod - 1).log() / 2
         self.sigma_min, self.sigma_max = ln_sigma[0].exp().item(), ln_sigma[-1].exp().item()
         self.register_buffer("ln_sigma", ln_sigma.float())  # t is off by less than 1e-3; MPS has no float64

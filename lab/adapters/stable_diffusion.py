@@ -87,7 +87,7 @@ def denoiser(pipe, unet, dtype):
     """D(x; sigma, c) of a pipeline's U-Net, on the U-Net's device. BadInput where its kind or schedule is another."""
     predicts = pipe.scheduler.config.prediction_type
     if predicts not in PREDICTIONS:
-        raise BadInput(f"the network predicts {predicts}; known are {', '.join(PREDICTIONS)}")
+        raise BadInput(f"the network predicts {predicts}, not one of {', '.join(PREDICTIONS)}")
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     try:
         D = PREDICTIONS[predicts](Unet(unet, dtype), pipe.scheduler.alphas_cumprod, None, shape, sigma_data=1.0)

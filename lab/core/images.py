@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from edm_unet import BadInput
+from edm_unet import BadInput, data_name
 from train_teacher import TORCHVISION, load_known
 
 TRAIN, HELD_OUT = ("train", "training"), ("test", "testing", "val", "valid", "validation")  # folders of split data sets
@@ -22,14 +22,6 @@ EXPECTED = "expected are class folders that hold images: root/CLASS/*.png, or ro
 def to_uint8(x):
     """Images in [-1, 1] as uint8: the form in which judges get real and generated images."""
     return (x * 127.5 + 128).clamp(0, 255).to(torch.uint8)
-
-
-def data_name(data):
-    """Name of a data set in file names: for a folder its last part, with -folder where torchvision has that name."""
-    name = Path(data).resolve().name
-    if data in TORCHVISION:
-        return data
-    return f"{name}-folder" if name in TORCHVISION else name
 
 
 def load_images(data, data_dir, size, train):

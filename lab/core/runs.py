@@ -55,10 +55,10 @@ class Run:
         self.s, self.out, self.state = s, Path(s.out), state
         self.fixed = {**comparable(s), **(pinned or {})}
         self.path, self.step, self.seconds, self.history = self.out / "checkpoint.pt", 0, 0.0, []
-        if self.out.exists() and any(self.out.iterdir()) and not s.resume:
-            raise BadInput(f"{self.out} is there already: --resume goes on with it, --out names another folder")
         try:
-            self.out.mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=s.resume)
+        except FileExistsError as e:
+            raise BadInput(f"{self.out} is there already: --resume goes on with it, --out names another folder") from e
         except OSError as e:
             raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
         if self.path.exists():
