@@ -81,7 +81,7 @@ def few_greys(images):
 
 def strips(pictures, forgotten=(), width=8.0):
     """Draw {title: images (N, C, H, W), uint8 or in [-1, 1]}, a strip each. Titles in `forgotten` are orange."""
-    size = (width, 0.85 * len(pictures) * width / 8)
+    size = (width, 0.08 * width * len(pictures) + 0.1)
     _, axes = plt.subplots(len(pictures), 1, figsize=size, layout="constrained", squeeze=False)
     for ax, (title, images) in zip(axes[:, 0], pictures.items()):
         show_grid(ax, images, 1)

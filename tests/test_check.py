@@ -1,6 +1,7 @@
 """The autograder passes right code, whatever its order of random numbers, and names every planted bug of the method."""
 import ast
 import re
+import sys
 
 import nbformat
 import pytest
@@ -211,4 +212,4 @@ def test_it_needs_torch_alone():
     tree = ast.parse((ROOT / "lab" / "check.py").read_text())
     imported = {node.names[0].name for node in ast.walk(tree) if isinstance(node, ast.Import)}
     imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported == {"inspect", "re", "traceback", "types", "torch"}
+    assert imported - sys.stdlib_module_names == {"torch"}
