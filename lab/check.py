@@ -251,11 +251,11 @@ SETTINGS = SimpleNamespace(alpha=1.3, lambda_forget=0.6, sigma_init=2.0, p_mean=
 OVERRIDE = torch.tensor([3, 1, -1, 3, 4])       # of the labels 0 to 4, of which 0 and 2 are to be forgotten
 RATE = 1e-3             # learning rate of both optimizers, which are plain gradient descent
 LOSSES = ("L_psi", "L_keep", "L_forget")
-LEVELS = {"sigma_psi": "noise levels of the psi step", "sigma_theta": "noise levels of the theta step"}
+PSI_LEVELS, THETA_LEVELS = "noise levels of the psi step", "noise levels of the theta step"
 SECOND = " in the second step"
 TOLERANCES = {          # by how much results may differ that depend on chance; of all others, by 0.01 %
     "frequencies of (c_psi, c_phi, forgotten)": 0.015, "number of random overrides in a batch": 0.3,
-    "noise levels of the psi step": 0.3, "noise levels of the theta step": 0.3}
+    PSI_LEVELS: 0.3, THETA_LEVELS: 0.3}
 
 
 class Wrong(Exception):
@@ -329,8 +329,8 @@ def expect_same(call, other):
 
 
 # --------------------------------------------------------------------------------------------- what the function does
-# Each of these calls f and returns {what: tensor}. It adds the noise that f drew to the list `noises`, also where f
-# then raises an error. NotImplementedError where f returns None.
+# Each of these calls f and yields results, {what: tensor}. It adds the noise that f drew to the list `noises`, also
+# where f then raises an error. NotImplementedError where f returns None.
 
 def observe_fake_score_loss(f, noises, strict):
     x_g, sigma, _, c, _ = a_batch(256, seed=1)
@@ -340,7 +340,7 @@ def observe_fake_score_loss(f, noises, strict):
         raise NotImplementedError
     noises.append(noise_of(x_g, last_call(fake), sigma))
     expect_shape("the loss", L, (256,))
-    return {"value": L.detach(), "gradient in the fake score": gradient(L, list(fake.parameters()))}
+    yield {"value": L.detach(), "gradient in the fake score": gradient(L, list(fake.parameters()))}
 
 
 def observe_score_identity_loss(f, noises, strict):
@@ -351,7 +351,6 @@ def observe_score_identity_loss(f, noises, strict):
         teacher(x_t, sigma, c)
         return x
 
-    seen = {}
     for D_phi, title in ((teacher, ""), (perfect_teacher, " where the teacher returns x_g")):
         x = x_g.clone().requires_grad_()
         S = f(D_phi, fake, x, c_phi, c_psi, sigma, SETTINGS.alpha)
@@ -360,15 +359,14 @@ def observe_score_identity_loss(f, noises, strict):
         noises.append(noise_of(x_g, last_call(fake), sigma))
         expect_same(last_call(teacher), last_call(fake))
         expect_shape("S", S, (256,))
-        seen |= {f"value{title}": S.detach(), f"gradient in x_g{title}": gradient(S, [x])}
-    return seen
+        yield {f"value{title}": S.detach(), f"gradient in x_g{title}": gradient(S, [x])}
 
 
 def observe_draw_labels(f, noises, strict):
     conditions = torch.randn(len(OVERRIDE), 3, generator=torch.Generator().manual_seed(0))
     batch, K = 150, len(OVERRIDE)
     count, different = torch.zeros(2 * K * K), []
-    for _ in range(200):
+    for _ in range(100):
         result = f(batch, OVERRIDE.clone(), conditions)
         if result is None:
             raise NotImplementedError
@@ -381,8 +379,8 @@ def observe_draw_labels(f, noises, strict):
             raise Wrong(f"wrong. forgotten is {forgotten.dtype}, not torch.bool")
         count += (2 * (K * c + c_o) + forgotten).bincount(minlength=2 * K * K)
         different.append(float(len(c_o[c == 2].unique())))      # the override of label 2 is a random one
-    return {"frequencies of (c_psi, c_phi, forgotten)": count / count.sum(),
-            "number of random overrides in a batch": torch.tensor(different).mean()}
+    yield {"frequencies of (c_psi, c_phi, forgotten)": count / count.sum(),
+           "number of random overrides in a batch": torch.tensor(different).mean()}
 
 
 def observe_sfd_step(f, noises, strict):
@@ -392,7 +390,6 @@ def observe_sfd_step(f, noises, strict):
     generator.b.requires_grad_(False)
     optimizers = torch.optim.SGD([generator.A, generator.C], RATE), torch.optim.SGD(fake.parameters(), RATE)
     options = {"extra_loss": an_extra_loss} if strict else {}
-    seen = {}
     for title, seed in (("", 5), (SECOND, 6)):
         z, _, *labels = a_batch(2048, seed)
         before = generator.weights(), fake.weights()
@@ -410,11 +407,11 @@ def observe_sfd_step(f, noises, strict):
         for network, calls in ((generator, 1), (fake, 2), (teacher, 1)):
             if len(network.calls) < calls:
                 raise Wrong(f"wrong. The {network.name} is evaluated {len(network.calls)} times in a step, not {calls}")
-        seen |= {f"{loss}{title}": terms[loss].detach() for loss in LOSSES}
-        seen |= {f"update of the generator{title}": theta_update, f"update of the fake score{title}": psi_update,
-                 f"gradient left in the fake score{title}": share_unused(fake.gradients(), psi_update)}
-    levels = {which: torch.cat([getattr(noise, which).flatten() for noise in noises]) for which in LEVELS}
-    return seen | quantiles(levels) | (refusals(f) if strict else {})
+        yield {f"{loss}{title}": terms[loss].detach() for loss in LOSSES}
+        yield {f"update of the generator{title}": theta_update, f"update of the fake score{title}": psi_update,
+               f"gradient left in the fake score{title}": share_unused(fake.gradients(), psi_update)}
+    if strict:
+        yield refusals(f)
 
 
 OBSERVE = {"fake_score_loss": observe_fake_score_loss, "score_identity_loss": observe_score_identity_loss,
@@ -422,6 +419,7 @@ OBSERVE = {"fake_score_loss": observe_fake_score_loss, "score_identity_loss": ob
 
 
 def last_call(network):
+    """The last call of a network. Wrong where there was none."""
     if not network.calls:
         raise Wrong(f"wrong. The {network.name} is not evaluated")
     return network.calls[-1]
@@ -475,9 +473,9 @@ def expect_terms(terms):
 
 
 def quantiles(levels):
-    """Quantiles of ln sigma, which tell one distribution of noise levels from another."""
+    """{what: quantiles of ln sigma} of {what: noise levels}: they tell one distribution from another."""
     at = torch.tensor([0.25, 0.5, 0.9], dtype=torch.float64)
-    return {LEVELS[which]: sigma.double().log().quantile(at) for which, sigma in levels.items()}
+    return {what: sigma.flatten().double().log().quantile(at) for what, sigma in levels.items()}
 
 
 def refusals(f):
@@ -500,77 +498,95 @@ def refusals(f):
 
 # ------------------------------------------------------------------------------------------------------- the comparison
 
-def attempt(f, name, strict):
-    """({what: tensor}, or {"error": text, "where": text}; the noise that f drew)."""
-    noises = []
-    try:
-        return OBSERVE[name](f, noises, strict), noises
-    except (NotImplementedError, Wrong):
-        raise
-    except Exception as e:  # whatever the code of a student raises
-        name_of_f = getattr(f, "__name__", None)
-        own_lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.name == name_of_f]
-        where = f", in line {own_lines[-1]}" if own_lines else ""
-        message = textwrap.shorten(str(e), 110, placeholder=" ...")
-        return {"error": f"{type(e).__name__}: {message}", "where": where}, noises
+def results(f, name, strict, noises):
+    """Yield the results of your function. The noise that it drew is added to `noises`."""
+    yield from OBSERVE[name](f, noises, strict)
+    if name == "sfd_step":
+        yield quantiles({PSI_LEVELS: torch.cat([noise.sigma_psi for noise in noises]),
+                         THETA_LEVELS: torch.cat([noise.sigma_theta for noise in noises])})
 
 
-def attempt_reference(name, noises, strict, bug=None):
-    """The same of the reference, with one of BUGS or without, from the same noise."""
+def results_of_reference(name, strict, noises, bug=None):
+    """Yield the results of the reference, with one of BUGS or without, from the same noise."""
     functions, remaining = reference(name, bug), list(noises)
     f = getattr(functions, name)
 
     def from_the_same_noise(*arguments, **options):
         return f(*arguments, noise=remaining.pop(0) if remaining else None, **options)
 
-    seen, _ = attempt(f if name == "draw_labels" else from_the_same_noise, name, strict)
-    if name == "sfd_step" and "error" not in seen:
-        drawn = {"sigma_psi": functions.psi_noise_levels, "sigma_theta": functions.theta_noise_levels}
-        seen |= quantiles({which: draw(SETTINGS, 10_000) for which, draw in drawn.items()})
-    return seen
+    yield from OBSERVE[name](f if name == "draw_labels" else from_the_same_noise, [], strict)
+    if name == "sfd_step":
+        yield quantiles({PSI_LEVELS: functions.psi_noise_levels(SETTINGS, 10_000),
+                         THETA_LEVELS: functions.theta_noise_levels(SETTINGS, 10_000)})
+
+
+def error_text(e):
+    return f"{type(e).__name__}: {textwrap.shorten(str(e), 110, placeholder=' ...')}"
 
 
 def agree(what, value, expected):
-    """Whether two results are the same, up to rounding, or up to chance where they are statistics."""
-    if isinstance(value, str) or isinstance(expected, str):
-        return value == expected
+    """Whether two results are the same, up to rounding, or up to chance where they depend on it."""
     if what in TOLERANCES:
         return bool(((value - expected).abs() < TOLERANCES[what]).all())
     size = expected[expected.isfinite()].abs().max() if expected.isfinite().any() else 0
     return torch.allclose(value.double(), expected.double(), rtol=1e-4, atol=1e-4 * float(size), equal_nan=True)
 
 
-def differences(seen, expected):
-    """Names of all that is not the same."""
-    if seen.keys() != expected.keys():      # an error on one side
-        return ["error"]
-    return [what for what in seen if what != "where" and not agree(what, seen[what], expected[what])]
+def explains(bug, name, strict, noises, seen, error):
+    """Whether the reference with a bug has these results, and then raises this error or none."""
+    try:
+        for part in results_of_reference(name, strict, noises, bug):
+            if not all(what in seen and agree(what, seen[what], expected) for what, expected in part.items()):
+                return False
+    except Exception as e:
+        return error_text(e) == error
+    return error is None
 
 
 def outcome(f, name, strict):
     """(whether f is right, the line to print)."""
+    seen, noises, error = {}, [], None
     try:
-        seen, noises = attempt(f, name, strict)
+        for part in results(f, name, strict, noises):
+            seen |= part
     except NotImplementedError:
         return False, "not yet"
     except Wrong as e:
         return False, str(e)
-    expected = attempt_reference(name, noises, strict)
-    wrong = differences(seen, expected)
-    if not wrong:
-        return True, "right"
-    possible = [bug for bug, (line, _) in BUGS.items() if line in source_of(name)]
-    found = [bug for bug in possible if not differences(seen, attempt_reference(name, noises, strict, bug))]
+    except Exception as e:  # whatever the code of a student raises
+        error, line = error_text(e), line_of_error(f, e)
+
+    if error is None:
+        expected = {}
+        for part in results_of_reference(name, strict, noises):
+            expected |= part
+        right = [what for what in seen if agree(what, seen[what], expected[what])]
+        if len(right) == len(seen):
+            return True, "right"
+        wrong = [what for what in seen if what not in right]
+
+    possible = [bug for bug, (part_of_line, _) in BUGS.items() if part_of_line in source_of(name)]
+    found = [bug for bug in possible if explains(bug, name, strict, noises, seen, error)]
     this_is = f"This is the result when {', or when '.join(found)}."
-    if "error" in seen:
-        return False, f"raises {seen['error']}{seen['where']}" + (f". {this_is}" if found else "")
+    if error is not None:
+        return False, f"raises {error}{line}. {this_is}" if found else f"raises {error}{line}"
     if found:
         return False, f"wrong. {this_is}"
-    right = [what for what in expected if what not in wrong]
     return False, f"wrong: {listed(wrong)}. Right: {listed(right)}. No bug of the list gives this result."
 
 
-def listed(results):
+def line_of_error(f, e):
+    """In words, the line of f in which an error was raised. Empty where the source of f is unknown."""
+    own = getattr(f, "__name__", None)
+    lines = [frame.lineno for frame in traceback.extract_tb(e.__traceback__) if frame.name == own]
+    return f", in line {lines[-1]}" if lines else ""
+
+
+def listed(names):
     """Names of results, without those of the second step that are there of the first step too."""
-    names = [what for what in results if what.removesuffix(SECOND) == what or what.removesuffix(SECOND) not in results]
-    return ", ".join(names) or "nothing"
+    shown = []
+    for name in names:
+        of_first_step = name.removesuffix(SECOND)
+        if name == of_first_step or of_first_step not in names:
+            shown.append(name)
+    return ", ".join(shown) or "nothing"
