@@ -364,23 +364,24 @@ def observe_score_identity_loss(f, noises, strict):
 
 def observe_draw_labels(f, noises, strict):
     conditions = torch.randn(len(OVERRIDE), 3, generator=torch.Generator().manual_seed(0))
-    batch, K = 150, len(OVERRIDE)
-    count, different = torch.zeros(2 * K * K), []
+    batch, K, drawn = 150, len(OVERRIDE), []
     for _ in range(400):
         result = f(batch, OVERRIDE.clone(), conditions)
         if result is None:
             raise NotImplementedError
         if not isinstance(result, tuple) or len(result) != 3:
             raise Wrong("wrong shape: the result is not a tuple (c_phi, c_psi, forgotten)")
-        c_o, c = (label_numbers(word, rows, conditions, batch) for word, rows in zip(("c_phi", "c_psi"), result))
-        forgotten = result[2]
-        expect_shape("forgotten", forgotten, (batch,))
-        if forgotten.dtype != torch.bool:
-            raise Wrong(f"wrong. forgotten is {forgotten.dtype}, not torch.bool")
-        count += (2 * (K * c + c_o) + forgotten).bincount(minlength=2 * K * K)
-        different.append(float(len(c_o[c == 2].unique())))      # the override of label 2 is a random one
-    yield {"frequencies of (c_psi, c_phi, forgotten)": count / count.sum(),
-           "number of random overrides in a batch": torch.tensor(different).mean()}
+        for what, part, shape in zip(("c_phi", "c_psi", "forgotten"), result, ((batch, 3), (batch, 3), (batch,))):
+            expect_shape(what, part, shape)
+        if result[2].dtype != torch.bool:
+            raise Wrong(f"wrong. forgotten is {result[2].dtype}, not torch.bool")
+        drawn.append(result)
+    c_phi, c_psi, forgotten = (torch.cat(parts) for parts in zip(*drawn))
+    c_o, c = label_numbers("c_phi", c_phi, conditions), label_numbers("c_psi", c_psi, conditions)
+    count = (2 * (K * c + c_o) + forgotten).bincount(minlength=2 * K * K)
+    different = [len(overrides[labels == 2].unique()) for labels, overrides in zip(c.split(batch), c_o.split(batch))]
+    yield {"frequencies of (c_psi, c_phi, forgotten)": count / len(c),
+           "number of random overrides in a batch": torch.tensor(different).float().mean()}  # of label 2
 
 
 def observe_sfd_step(f, noises, strict):
@@ -433,12 +434,11 @@ def gradient(loss, inputs):
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(inputs, parts)])
 
 
-def label_numbers(word, rows, conditions, batch):
-    """Numbers (B,) of the labels of which the rows (B, 3) are the conditions."""
-    expect_shape(word, rows, (batch, conditions.shape[1]))
+def label_numbers(what, rows, conditions):
+    """Numbers (N,) of the labels of which the rows (N, 3) are the conditions."""
     distance, number = torch.cdist(rows.float(), conditions).min(1)
     if distance.max() > 1e-3:
-        raise Wrong(f"wrong. {word} has rows that are no rows of conditions")
+        raise Wrong(f"wrong. {what} has rows that are no rows of conditions")
     return number
 
 
