@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from edm_unet import RunFailed, command
+from lab import ablation
 from lab.audit import attacks
 from lab.baselines import compare, grid
 from lab.core.options import parse, setting
@@ -60,6 +61,8 @@ def group_rows(group):
             continue
         if row["teacher_fd"]:
             row["ratio"] = float(row["fd"]) / float(row["teacher_fd"])
+        if row["fd_floor"]:
+            row["over_floor"] = float(row["fd"]) / float(row["fd_floor"])
         for key in ("nfe", "fd", *(key for key, _ in COLUMNS.values())):
             row[key] = float(row[key]) if row.get(key) not in (None, "") else None
         if group == "teacher":
@@ -82,11 +85,11 @@ def seeds(group):
     return [row for row in group_rows(group) if row["pair"] == "0 to 1"]
 
 
-def cells(rows, titles):
-    """One cell for each title: the mean over rows and, where there are several, the range."""
+def cells(rows, titles, columns=COLUMNS):
+    """One cell for each title of `columns`: the mean over rows and, where there are several, the range."""
     found = []
     for title in titles:
-        key, form = COLUMNS[title]
+        key, form = columns[title]
         values = [row[key] for row in rows if row[key] is not None]
         found.append(spread(values, form) if values else "")
     return found
@@ -110,7 +113,7 @@ def first():
 
 def forgets():
     """Three seeds of 0 to 1."""
-    titles = ["UA", "override", "kept", "FD / teacher's", "recall", "seconds"]
+    titles = ["UA", "override", "kept", "FD / teacher's", "recall"]
     lines = [["the teacher", *cells([reference_row("teacher")], titles)],
              ["plain SiD", *cells([reference_row("sid")], titles)]]
     for group in ("default", "two stages", "anchored"):
@@ -169,6 +172,21 @@ def every_run():
         for row in group_rows(group):
             lines.append([words, row["pair"], row["seed"], row["protocol"], *cells([row], COLUMNS)])
     return markdown(["", "labels", "seed", "protocol", *COLUMNS], lines)
+
+
+def ablation_table():
+    """SFD in one stage with single choices of the official code."""
+    columns = {"UA": ("ua", "{:.2%}"), "override": ("override_share", "{:.2%}"), "kept": ("kept_accuracy", "{:.2%}"),
+               "FD / floor": ("over_floor", "{:.2f}"), "FD of the override": ("fd_override", "{:.1f}"),
+               "recall": ("recall", "{:.3f}")}
+    words = {"default": "as here", **{f"ablation {name}": text for name, text in ablation.SWITCHES.items()},
+             "ablation official": "all of these at once",
+             **{f"ablation {name}": text for name, text in ablation.CHOICES.items()}}
+    lines = []
+    for group, text in words.items():
+        rows = group_rows(group) if group != "default" else seeds(group)
+        lines.append([text, len(rows), *cells(rows, columns, columns)])
+    return markdown(["", "runs", *columns], lines)
 
 
 def every_class():
@@ -242,7 +260,7 @@ def cifar10_page():
 
 
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "comes back": comes_back,
-          "summary": summary, "runs": every_run, "every class": every_class, "methods": methods,
+          "summary": summary, "runs": every_run, "every class": every_class, "ablation": ablation_table, "methods": methods,
           "methods over classes": methods_over_classes, "audit": audit_table, "cifar10": cifar10_page,
           "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
           "prompt methods": prompt_methods}
