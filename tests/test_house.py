@@ -15,7 +15,7 @@ FLOORS = [  # from the ground up; each string is a floor of rooms, and a room im
     "lab.adapters",
     "lab.evaluate lab.judge lab.sample lab.fid",  # one room
     "lab.distill",
-    "lab.baselines, lab.audit, lab.adapters.stable_diffusion",
+    "lab.baselines, lab.audit, lab.adapters.stable_diffusion, lab.ablation, lab.clean",
     "lab.prompts",
     "lab.report lab.readme lab.movie lab.check lab.notebook",
 ]
