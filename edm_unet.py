@@ -17,15 +17,19 @@ image; `sigma_data`, the standard deviation of the images. `copy.deepcopy` of a 
 network: a block whose forward was replaced by a closure goes on calling the weights of the original.
 """
 import argparse
+import collections
 import functools
 import hashlib
+import importlib
 import math
 import os
 import platform
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -33,6 +37,10 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from tqdm import tqdm
+
+if sys.version_info < (3, 10):
+    sys.exit(f"error: this project needs Python 3.10 or later, and this is Python {platform.python_version()}")
 
 
 # --------------------------------------------------------------------------------------------------------- the network
@@ -54,12 +62,31 @@ class NetSettings:
     def __post_init__(self):
         object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
         object.__setattr__(self, "attn_resolutions", tuple(self.attn_resolutions))
+        self._check_numbers()
         halvings = len(self.channel_mult) - 1
         if self.resolution % (self.patch * 2 ** halvings):
             raise ValueError(f"resolution {self.resolution} cannot be folded by patch {self.patch} and then halved "
                              f"{halvings} times")
         if self.model_channels % 4:
             raise ValueError(f"model_channels must be a multiple of 4, not {self.model_channels}")
+
+    def _check_numbers(self):
+        """Raise ValueError where a setting is no number, or out of its range: a file may hold anything."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is int and not is_size(value):
+                raise ValueError(f"{f.name} must be a whole number above 0, not {value!r}")
+        if not self.channel_mult or not all(map(is_size, self.channel_mult + self.attn_resolutions)):
+            raise ValueError("channel_mult and attn_resolutions must hold whole numbers above 0")
+        if not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be a number in [0, 1), not {self.dropout!r}")
+        if not isinstance(self.sigma_data, (int, float)) or not 0 < self.sigma_data < math.inf:
+            raise ValueError(f"sigma_data must be a number above 0, not {self.sigma_data!r}")
+
+
+def is_size(value):
+    """Whether a value is a whole number above 0."""
+    return isinstance(value, int) and value > 0
 
 
 def group_norm(channels):
@@ -435,9 +462,18 @@ def load_network(path, device="cpu", network_class=EDMPrecond):
     return network, info | {"path": str(path), "sha256": digest(path)}
 
 
+def import_torchvision(name):
+    """The module torchvision.<name>. BadInput where torchvision is missing or does not fit this version of torch."""
+    try:
+        return importlib.import_module(f"torchvision.{name}")
+    except Exception as e:  # a torchvision for another torch raises errors of many kinds
+        raise BadInput(f"torchvision cannot be imported ({type(e).__name__}: {' '.join(str(e).split())}): install the "
+                       f"torchvision that belongs to torch {torch.__version__}") from e
+
+
 def save_images(images, columns, path):
     """Images (N, C, H, W) in [-1, 1] as one picture, row by row."""
-    from torchvision.utils import save_image
+    save_image = import_torchvision("utils").save_image
     save_image(images, path, nrow=columns, padding=0, normalize=True, value_range=(-1, 1))
 
 
@@ -462,18 +498,36 @@ def save_checkpoint(path, step, seconds, settings, parts):
                      "parts": {name: part.state_dict() for name, part in parts.items()}})
 
 
-def load_checkpoint(path, settings, parts):
+def changed_settings(was, now, defaults):
+    """In words, which settings {name: value} of a run are not those that it was begun with.
+
+    A setting that the run was begun without, by an earlier version of the code, had the value in `defaults`.
+    """
+    changed = []
+    for name in sorted(was.keys() | now.keys()):
+        before, after = was.get(name, defaults.get(name)), now.get(name)
+        if before == after:
+            continue
+        if name not in was:
+            changed.append(f"{name} is {after!r}, and the earlier version that began the run had no such setting")
+        elif name not in now:
+            changed.append(f"{name} was {before!r}, and this version has no such setting")
+        else:
+            changed.append(f"{name} was {before!r} and is {after!r}")
+    return changed
+
+
+def load_checkpoint(path, settings, parts, defaults=None):
     """Load a checkpoint into `parts` and set the random states. Returns (steps, seconds) so far.
 
-    BadInput where the run was begun with other settings.
+    defaults: {name: value} of settings that an earlier version of the code may not have had. BadInput where the run was
+    begun with other settings.
     """
     saved = load_file(path)
     known = {"step", "seconds", "settings", "random", "parts"} <= saved.keys()
     if not known or not parts.keys() <= saved["parts"].keys():
         raise BadInput(f"{path} is not a checkpoint of this version of the code")
-    was = saved["settings"]
-    changed = [f"{name} was {was.get(name)!r} and is {settings.get(name)!r}"
-               for name in sorted(was.keys() | settings.keys()) if was.get(name) != settings.get(name)]
+    changed = changed_settings(saved["settings"], settings, defaults or {})
     if changed:
         raise BadInput(f"cannot resume {Path(path).parent} with other settings: {'; '.join(changed)}")
     for name, part in parts.items():
@@ -484,6 +538,27 @@ def load_checkpoint(path, settings, parts):
     if "mps" in saved["random"] and torch.backends.mps.is_available():
         torch.mps.set_rng_state(saved["random"]["mps"])
     return saved["step"], saved["seconds"]
+
+
+def watch_pace(training):
+    """Yield what the training loop yields. Note once where other programs slow a run on the CPU down.
+
+    Threads of torch spin while they wait for each other, and so lose more than the other program takes.
+    """
+    recent, fastest, noted = collections.deque(maxlen=5), math.inf, torch.get_num_threads() == 1
+    began = time.monotonic()
+    for terms in training:
+        recent.append(time.monotonic() - began)
+        if len(recent) == 5 and not noted and next(iter(terms.values())).device.type == "cpu":
+            now = statistics.median(recent)
+            fastest = min(fastest, now)
+            if now > 3 * fastest:
+                noted = True
+                tqdm.write(f"note: a step takes {now:.2f} s and took {fastest:.2f} s: another program uses the CPU. "
+                           "Beside it, one thread may be faster than several: stop with Ctrl-C, set OMP_NUM_THREADS=1, "
+                           "and go on with --resume", file=sys.stderr)
+        yield terms
+        began = time.monotonic()
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
@@ -512,6 +587,8 @@ class Parser(argparse.ArgumentParser):
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # of a GPU, on Linux, on Windows
+NO_COMPILER = ("No working C++ compiler", "Compiler: cl", "Failed to find C compiler",
+               "working triton installation")  # on a CPU, on Windows, on a GPU, on a GPU without triton
 
 
 def command(main):
@@ -525,20 +602,29 @@ def command(main):
     try:
         main(sys.argv[1:])
     except (BadInput, RunFailed, OSError, RuntimeError, MemoryError) as e:
-        lacks_memory = isinstance(e, MemoryError) or any(words in str(e) for words in OUT_OF_MEMORY)
-        if not isinstance(e, (BadInput, RunFailed, OSError)) and not lacks_memory:
+        message, advice = str(e), ""
+        if isinstance(e, MemoryError) or any(words in message for words in OUT_OF_MEMORY):
+            advice = ": try a smaller --batch"
+        elif any(words in message for words in NO_COMPILER):
+            message = message.split("\n\n")[0]  # after that, torch says how to report a bug
+            advice = ": --compile needs a compiler. The run goes on with --resume and without --compile"
+        if not isinstance(e, (BadInput, RunFailed, OSError)) and not advice:
             raise
-        advice = ": try a smaller --batch" if lacks_memory else ""
-        print("error:", (" ".join(str(e).split()) or "out of memory") + advice, file=sys.stderr)
+        print("error:", (" ".join(message.split()) or "out of memory") + advice, file=sys.stderr)
         sys.exit(2 if isinstance(e, BadInput) else 1)
     except KeyboardInterrupt as e:
         print(f"stopped; to go on: {resume_command()}" if isinstance(e, Stopped) else "stopped", file=sys.stderr)
         sys.exit(130)
 
 
+def command_line(*words):
+    """The command `python` with these words, in the quotes of the system's shell."""
+    words = ["python", *map(str, words)]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def resume_command():
-    """This program's command line with --resume, in the quotes of the system's shell."""
+    """This program's command line with --resume."""
     spec = sys.modules["__main__"].__spec__  # of `python -m lab.distill`; None for `python sfd_minimal.py`
     program = ["-m", spec.name.removesuffix(".__main__")] if spec else [sys.argv[0]]
-    words = ["python", *program, *(word for word in sys.argv[1:] if word != "--resume"), "--resume"]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return command_line(*program, *(word for word in sys.argv[1:] if word != "--resume"), "--resume")

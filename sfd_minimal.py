@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, data_name, digest, load_checkpoint, load_file,
                       load_network, machine, make_run_folder, pack, pick_device, save_checkpoint, save_file,
-                      save_images, unpack)
+                      save_images, unpack, watch_pace)
 
 
 @dataclass
@@ -91,7 +91,8 @@ def score_identity_loss(teacher, fake, x_g, c_phi, c_psi, sigma, alpha=1.0):
 
     The teacher is given the labels c_phi (B, ...), the fake score the labels c_psi (B, ...). The gradient reaches
     x_g (B, ...) directly and through x_t inside both networks. sigma (B, 1, ...). Returns (B,).
-    omega = mean_pixels |D_phi - x_g|, one number for each sample, without gradient.
+    omega = mean_pixels |D_phi - x_g|, one number for each sample, without gradient. Where x_g has one number a sample,
+    some omegas are close to zero, and these samples dominate: for such data take the mean of omega over the batch.
     """
     if sigma.ndim != x_g.ndim:
         raise ValueError(f"sigma {tuple(sigma.shape)} must have as many dimensions as x_g {tuple(x_g.shape)}")
@@ -338,11 +339,11 @@ def run(s, n, override, checkpoint, settings):
     """Train, with a checkpoint every 30 seconds, or go on from the checkpoint that is there. Returns the seconds."""
     first, seconds = 0, 0.0
     if checkpoint.exists():
-        first, seconds = load_checkpoint(checkpoint, settings, n.trained())
+        first, seconds = load_checkpoint(checkpoint, settings, n.trained(), defaults=asdict(Settings()))
     else:
         save_checkpoint(checkpoint, 0, 0.0, settings, n.trained())
     began = saved = time.monotonic()
-    bar = tqdm(distill(s, n, override, first), total=s.steps, initial=first, unit="step", mininterval=0.5)
+    bar = tqdm(watch_pace(distill(s, n, override, first)), total=s.steps, initial=first, unit="step", mininterval=0.5)
     for step, terms in enumerate(bar, first + 1):
         if step % 50 == 0:
             bar.set_postfix({name: f"{value:.3g}" for name, value in terms.items()})

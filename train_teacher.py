@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, data_name, digest,
-                      edm_loss, has_fast_bf16, heun_sampler, load_checkpoint, load_network, machine, make_run_folder,
-                      pack, pick_device, save_checkpoint, save_file, save_images, stratified_normal, weighted_distance)
+from edm_unet import (BadInput, EDMPrecond, NetSettings, Parser, RunFailed, Stopped, command, command_line, data_name,
+                      digest, edm_loss, has_fast_bf16, heun_sampler, import_torchvision, load_checkpoint, load_network,
+                      machine, make_run_folder, pack, pick_device, save_checkpoint, save_file, save_images,
+                      stratified_normal, watch_pace, weighted_distance)
 
 
 @dataclass
@@ -65,9 +66,9 @@ TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CI
 def load_known(data, data_dir, train=True):
     """(images uint8 (N, C, H, W), labels (N,), class names) of a data set that torchvision knows.
 
-    BadInput where the data set is not in the folder and cannot be downloaded.
+    BadInput where the data set is not in the folder and cannot be downloaded, or torchvision cannot be imported.
     """
-    from torchvision import datasets
+    datasets = import_torchvision("datasets")
     try:
         found = getattr(datasets, TORCHVISION[data])(data_dir, train=train, download=True)  # looks on the disk first
     except (RuntimeError, OSError, ValueError, IndexError, AssertionError) as e:  # what torchvision raises
@@ -154,11 +155,12 @@ def run(s, data, parts, checkpoint, fixed):
     """Train, with a checkpoint every 30 seconds, or go on from the checkpoint that is there. Returns the seconds."""
     first, seconds = 0, 0.0
     if checkpoint.exists():
-        first, seconds = load_checkpoint(checkpoint, fixed, parts)
+        first, seconds = load_checkpoint(checkpoint, fixed, parts, defaults=asdict(Settings()))
     else:
         save_checkpoint(checkpoint, 0, 0.0, fixed, parts)
     began = saved = time.monotonic()
-    bar = tqdm(train(s, data, **parts, first=first), total=s.steps, initial=first, unit="step", mininterval=0.5)
+    training = watch_pace(train(s, data, **parts, first=first))
+    bar = tqdm(training, total=s.steps, initial=first, unit="step", mininterval=0.5)
     for step, terms in enumerate(bar, first + 1):
         if step % 50 == 0 or step == s.steps:
             if not terms["loss"].isfinite():
@@ -176,9 +178,10 @@ def write_results(out, teacher, content):
     conditions = teacher.conditions
     z = torch.randn(20 * len(conditions), *teacher.shape, device=conditions.device)
     save_images(heun_sampler(teacher, z, conditions.repeat_interleave(20, 0)), 20, out / "samples.png")
+    judge = command_line("-m", "lab.judge", "--data", content["data"])
+    sfd = command_line("sfd_minimal.py", "--teacher", out / "teacher.pt", "--forget", "0", "--to", "1")
     print(f"trained in {content['seconds']:.0f} s: {out / 'teacher.pt'}, with samples.png beside it\n"
-          f"next: python -m lab.judge --data {content['data']}, then "
-          f"python sfd_minimal.py --teacher {out / 'teacher.pt'} --forget 0 --to 1")
+          f"next: {judge}, then {sfd}")
 
 
 def load_images(data, data_dir, size):

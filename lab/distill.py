@@ -27,7 +27,7 @@ from sfd_minimal import (begin, draw_labels, load_start, override_labels, preset
 class Settings(RunSettings, sfd_minimal.Settings):
     forget: tuple = setting(("0",), "labels to forget, by name or number, or none")
     to: tuple = setting(("random",), "label drawn instead: one, one for each, or random")
-    data: str = setting("mnist", "data set of the teacher")
+    data: str = setting("mnist", "data set of the teacher", trains=False)
     teacher: str = setting("", "file of the teacher (default: the one of the data set)", trains=False)
     init_from: str = setting("", "start generator and fake score from this both.pt", trains=False)
     guidance: float = setting(1.0, "of the teacher, away from the label to forget; 1 is none", at_least=1)
@@ -146,7 +146,8 @@ def train(s, teacher, info, c_f, c_o, labels=None, evaluator=None):
     state, anchor = n.trained(), None
     if s.init_from and s.lambda_anchor:
         anchor = copy.deepcopy(n.average)
-    run = Run(s, state, pinned={"teacher": info["sha256"], "init_from": s.init_from and digest(s.init_from)})
+    run = Run(s, state, pinned={"teacher": info["sha256"], "init_from": s.init_from and digest(s.init_from),
+                                "forget": c_f, "to": c_o})
     for terms in run.steps(distill(s, n, override, conditions, run.step, anchor)):
         if run.step in (20, 40, 60, 80, s.steps) or run.step % 100 == 0:
             run.log({**terms, **(evaluator.probe(n.average, s.sigma_init) if evaluator else {})})

@@ -14,7 +14,8 @@ from typing import Callable
 import torch
 from torch.nn import functional as F
 
-from edm_unet import BadInput, command, has_fast_bf16, machine, pick_device, save_file
+from edm_unet import (BadInput, RunFailed, command, command_line, has_fast_bf16, machine, pick_device,
+                      save_file)
 from lab.core.files import image_size
 from lab.core.images import class_counts, data_name, load_images
 from lab.core.options import check_ranges, comparable, given_options, setting
@@ -79,7 +80,7 @@ def whitening(x, side=2):
 
 @dataclass
 class Settings(RunSettings):
-    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders")
+    data: str = setting("mnist", "mnist, fashion_mnist, cifar10, or a folder of class folders", trains=False)
     data_dir: str = setting("data", "where torchvision keeps or downloads the data set", trains=False)
     size: int = setting(None, "resize a folder's images to this height and width; None is that of its teacher",
                         above=0)
@@ -160,6 +161,8 @@ def save_judge(run, judge, training, held_out, classes, reference):
     weights = {}
     for name, v in judge.state_dict().items():
         weights[name] = v.half().cpu() if v.is_floating_point() else v.cpu()
+        if not weights[name].isfinite().all():
+            raise RunFailed(f"{name} of the judge is not finite, or too large for float16")
     path, device = run.out / "judge.pt", next(judge.parameters()).device
     save_file(path, {"kind": "judge", "data": run.s.data, "classes": classes, "size": run.s.size,
                      "judge": judge.settings, "weights": weights, "accuracy": accuracy, **statistics,
@@ -186,7 +189,7 @@ def main(argv):
     for number, folder in enumerate((out, f"{out}2")):
         seed_everything((s.seed + number) % 2 ** 32)
         train_judge(dataclasses.replace(s, out=folder), recipe, number, training, held_out, classes, device)
-    print(f"next: python sfd_minimal.py --data {s.data} --forget 0 --to 1")
+    print("next:", command_line("sfd_minimal.py", "--data", s.data, "--forget", "0", "--to", "1"))
 
 
 if __name__ == "__main__":

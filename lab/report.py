@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from edm_unet import BadInput, command
+from edm_unet import BadInput, command, command_line
 from lab.baselines import grid
 from lab.core.options import parse, setting
 from lab.core.tables import read_json, read_rows, write_rows
@@ -92,7 +92,7 @@ def main(argv):
     s = parse(Settings, argv, __doc__)
     path = Path(s.run) / "metrics.json"
     if not path.exists():
-        raise BadInput(f"{s.run} holds no metrics.json: make it with `python -m lab.evaluate {s.run}`")
+        raise BadInput(f"{s.run} holds no metrics.json: make it with `{command_line('-m', 'lab.evaluate', s.run)}`")
     metrics = read_json(path)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     id = f"{s.group}-{Path(s.run).name}-seed{metrics['settings']['seed']}".replace(" ", "-")

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import runpy
+import shlex
 import signal
 import sys
 import threading
@@ -18,9 +19,11 @@ import torch
 import edm_unet
 import sfd_minimal
 import train_teacher
-from conftest import ROOT, image_folder, module, run, save_network, tiny_network
+from conftest import CPU, ROOT, image_folder, module, run, save_network, tiny_network
 from edm_unet import BadInput, digest, load_file, load_network, pack, save_file
+from lab.core.files import load_teacher
 from lab.core.options import check_ranges
+from lab.evaluate.evaluator import Evaluator
 
 MNIST = load_file(ROOT / "teachers" / "mnist.pt")["classes"]
 PACKAGES = ("lab.audit", "lab.baselines", "lab.evaluate", "lab.prompts")
@@ -155,7 +158,8 @@ CASES = {  # program: [(options, where {} is the folder of bad files; a word tha
         ("{}/good.pt --label 10 --out x.png", "10"), ("{}/good.pt --n 0 --out x.png", "--n"),
         ("{}/good.pt --seed -1 --out x.png", "--seed"), ("{}/good.pt --out {}", "bad files"),
         ("{}/list.pt --out x.png", "list.pt"), ("{}/generator.pt --n 1 --out {}/a-file/x.png", "a-file/x.png"),
-        ("{}/generator.pt --n 1 --out x.pt", "x.pt")],
+        ("{}/generator.pt --n 1 --out x.pt", "x.pt"), ("{}/generator.pt --n 1 --out x.ico", "x.ico"),
+        ("{}/generator.pt --n 2053 --out x.webp", "16424x8"), ("{}/generator.pt --n 1 --out x.xbm", "x.xbm")],
     "lab.judge": [
         ("--batch 1", "--batch"), ("--data {}/odd", "16"), ("--data {}/nowhere", "nowhere"), ("--size 32", "--size"),
         ("--ema 0.5", "--ema"), ("--steps 0", "--steps"), ("--lr nan", "--lr"), ("--seed 4294967296", "--seed")],
@@ -235,6 +239,66 @@ def test_out_of_memory_is_one_line(error, monkeypatch, capsys):
         raise error
 
     assert "--batch" in last_line(lambda: edm_unet.command(main), ["sfd"], monkeypatch, capsys, codes=(1,))
+
+
+NO_COMPILER = ["InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')",
+               "Compiler: cl is not found.", "Failed to find C compiler. Please specify via CC environment variable",
+               "Cannot find a working triton installation.\nEither the package is not installed"]
+
+
+@pytest.mark.parametrize("words", NO_COMPILER)
+def test_compile_without_a_compiler_is_one_line(words, monkeypatch, capsys):
+    def main(argv):
+        raise RuntimeError(f"backend='inductor' raised:\n{words}")
+
+    line = last_line(lambda: edm_unet.command(main), ["sfd"], monkeypatch, capsys, codes=(1,))
+    assert "without --compile" in line
+
+
+@pytest.mark.slow
+def test_a_run_that_cannot_compile_goes_on_without(tmp_path):
+    options = ["--forget", "0", "--to", "1", "--steps", "1", "--batch", "4", "--device", "cpu", "--out", "run"]
+    code = ("import os, runpy, sys; os.environ['CXX'] = 'no-such-compiler'; "
+            "runpy.run_module('lab.distill', run_name='__main__')")
+    done = run(sys.executable, "-c", code, *options, "--compile", cwd=tmp_path, code=1)
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: ") and "without --compile" in line and "Traceback" not in done.stderr, done.stderr
+    code = ("import sys; from lab import distill; distill.Evaluator.find = lambda *args: None; "
+            "distill.main(sys.argv[1:])")
+    run(sys.executable, "-c", code, *options, "--resume", cwd=tmp_path)
+    assert (tmp_path / "run" / "generator.pt").exists()
+
+
+class DoesNotFit:
+    """Finds torchvision, which then cannot be imported."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torchvision":
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [RuntimeError("operator torchvision::nms does not exist"),
+                                   AttributeError("module 'torch.library' has no attribute 'register_fake'"),
+                                   ImportError("undefined symbol"), OSError("libcudart.so: cannot open")])
+def test_a_torchvision_that_does_not_fit_is_one_line(error, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [DoesNotFit(error), *sys.meta_path])
+    argv = ["train", "--data-dir", str(tmp_path)]
+    line = last_line(lambda: edm_unet.command(train_teacher.main), argv, monkeypatch, capsys)
+    assert str(error) in line and f"belongs to torch {torch.__version__}" in line
+    with pytest.raises(BadInput, match="torchvision cannot be imported"):
+        edm_unet.save_images(torch.zeros(1, 1, 2, 2), 1, tmp_path / "a.png")
+
+
+def test_an_older_python_is_one_line(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 9, 18, "final", 0))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(edm_unet.__file__)
+    assert "Python 3.10" in stop.value.code and "\n" not in stop.value.code
 
 
 def test_an_error_of_the_code_keeps_its_traceback(monkeypatch):
@@ -339,6 +403,15 @@ def test_a_word_is_a_name_or_else_a_number(word, classes, k):
 def test_a_class_called_none_or_random_must_be_given_by_its_number(forget, to, word):
     with pytest.raises(BadInput, match=word):
         sfd_minimal.read_labels(forget, to, ["a", "b", word])
+
+
+@pytest.mark.parametrize("data", ["my images", "it's mine"])
+def test_a_command_in_a_message_works_in_a_folder_with_a_space(data):
+    for find, program in ((lambda: load_teacher("", data, CPU), ["train_teacher.py"]),
+                          (lambda: Evaluator(None, {"data": data}, [], []), ["-m", "lab.judge"])):
+        with pytest.raises(BadInput) as e:
+            find()
+        assert shlex.split(str(e.value).split("`")[1]) == ["python", *program, "--data", data]
 
 
 def test_a_class_name_is_no_path():

@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import urllib.error
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from conftest import CPU, ROOT, assert_same, image_folder, module, run, save_network, tiny_network
-from edm_unet import BadInput, digest, load_file, load_network
+from edm_unet import BadInput, RunFailed, digest, load_file, load_network
 from lab import fid, judge, sample
 from lab.core import runs
 from lab.core.files import find_sid, load_teacher
@@ -173,6 +174,22 @@ def test_a_label_has_the_same_noise_whatever_else_is_drawn(tiny):
     assert len(noises[0].flatten(1).unique(dim=0)) == 5
 
 
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32)])
+def test_the_noise_of_all_results_is_that_of_one_call_for_each_label(shape):
+    """Every published number was measured on this noise."""
+    labels, noises = torch.tensor([1, 0, 1, 1, 0]), []
+    network = SimpleNamespace(shape=shape, conditions=torch.eye(2))
+
+    def look(z, c):
+        noises.append(z)
+        return z
+
+    draw_images(look, labels, network, seed=7, batch=2)
+    for k in (0, 1):
+        g = torch.Generator().manual_seed(70_000 + k)
+        assert torch.equal(torch.cat(noises)[labels == k], torch.randn(int((labels == k).sum()), *shape, generator=g))
+
+
 def test_a_generator_draws_in_one_evaluation_and_a_teacher_in_35(tiny, tmp_path):
     network, _ = load_network(tiny)
     save_network(network, tmp_path / "generator.pt", sigma_init=2.5)
@@ -249,6 +266,37 @@ def test_samples_replace_no_file_and_a_full_disk_leaves_none(generator_run, monk
     with pytest.raises(BadInput):
         sample.main([*options, "b.npz"])
     assert sorted(p.name for p in generator_run.iterdir()) == ["a.npz", "folder", "grid.png", "run"]
+
+
+def test_a_folder_of_samples_is_drawn_and_written_in_parts(generator_run, monkeypatch):
+    files_there, load = [], load_generator
+
+    def watched(path, device):
+        generate, network, info = load(path, device)
+
+        def watch(z, c):
+            files_there.append(len(list((generator_run / "many").iterdir())))
+            return generate(z, c)
+        return watch, network, info
+
+    monkeypatch.setattr(sample, "load_generator", watched)
+    sample.main(["run", "--label", "3", "--n", "600", "--device", "cpu", "--out", "many"])
+    assert files_there == [0, 250, 500] and len(list((generator_run / "many").iterdir())) == 600
+
+
+@pytest.mark.parametrize("options, word", [
+    (["--label", "", "--out", "a.png"], "label"), (["--label", "3", " ", "--out", "a.png"], "label"),
+    (["--n", "587", "--out", "a.webp"], "16436x28"), (["--out", "a.ico"], "a.ico"), (["--out", "a.icns"], "a.icns"),
+    (["--out", "a.xbm"], "a.xbm"), (["--out", "a.pt"], "a.pt"), (["--out", "run/generator.pt/a.png"], "a.png")])
+def test_what_cannot_be_written_is_said_before_it_is_drawn(options, word, generator_run, monkeypatch):
+    def drawn(z, c):
+        pytest.fail("drawn")
+
+    monkeypatch.setattr("lab.evaluate.draw.sampler", lambda *args: drawn)
+    with pytest.raises(BadInput, match=word) as e:
+        sample.main(["run", "--device", "cpu", *options])
+    assert "\n" not in str(e.value)
+    assert [path.name for path in generator_run.iterdir()] == ["run"]
 
 
 # ------------------------------------------------------------------------------------------------ training the judges
@@ -342,6 +390,8 @@ def test_training_the_judges_resumes_to_the_same_bits_and_leaves_the_whitening(t
         judge.main([*base, "--out", str(tmp_path / "cut"), "--save-every", "1e-9"])
     cut = load_file(tmp_path / "cut" / "checkpoint.pt")
     assert cut["step"] == 3 and not (tmp_path / "cut2").exists()
+    folder = folder.rename(tmp_path / "moved")
+    base[base.index("--data") + 1] = f"{tmp_path}/../{tmp_path.name}/moved/"
     judge.main([*base, "--out", str(tmp_path / "cut"), "--resume"])
     for number in ("", "2"):
         whole, resumed = (load_file(tmp_path / (name + number) / "checkpoint.pt") for name in ("whole", "cut"))
@@ -356,6 +406,16 @@ def test_training_the_judges_resumes_to_the_same_bits_and_leaves_the_whitening(t
     images, labels, _ = load_folder(folder, None, train=True)
     again = class_stats(load_judge(tmp_path / "cut" / "judge.pt", CPU)[0], images, labels)
     assert torch.allclose(again["mean"], first["train"]["mean"], rtol=1e-5, atol=1e-6), "of the weights in the file"
+
+
+def test_a_judge_with_weights_too_large_for_float16_is_not_saved(tmp_path):
+    found = Judge("cnn", 28, 1, 2, width=4)
+    found.head.bias.data[0] = 1e6
+    images, labels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.tensor([0, 1])
+    run = SimpleNamespace(out=tmp_path, s=judge.Settings(), seconds=0.0)
+    with pytest.raises(RunFailed, match="head.bias"):
+        judge.save_judge(run, found, (images, labels), (images, labels), ["a", "b"], reference=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_judges_are_not_written_into_the_images(tmp_path, monkeypatch):
@@ -401,6 +461,44 @@ def test_an_evaluation_writes_its_numbers_and_pictures(shipped_run):
     assert (m["forget"], m["to"], m["judge"]["data"]) == ([0], [1], "mnist") and m["machine"]["torch"]
     for row in (m["teacher"], m["sid"], m):
         assert f"{row['kept_accuracy']:.2%}" in printed and f"{row['fd']:.2f}" in printed
+
+
+def test_an_evaluation_says_first_how_many_images_it_draws(shipped_run):
+    _, printed = shipped_run
+    line = printed.splitlines()[0]
+    assert "56 images of this generator: 4 under each label to keep and 20 under each label to forget" in line
+    assert "40 images of each network in its table" in line
+
+
+def evaluator_of(K, c_f, monkeypatch):
+    content = {"train": None, "test": None, "classes": [str(k) for k in range(K)], "data": "mnist", "accuracy": 1.0}
+    monkeypatch.setattr(evaluator, "load_judge", lambda *args: (None, content))
+    return Evaluator(tiny_network(num_classes=K), {"data": "mnist"}, c_f, [-1] * len(c_f))
+
+
+@pytest.mark.parametrize("K, per_label, quick", [(2, 1000, 100), (10, 1000, 100), (40, 250, 25), (1000, 10, 1),
+                                                 (20_000, 1, 1)])
+def test_the_images_of_an_evaluation_have_a_budget(K, per_label, quick, monkeypatch, capsys):
+    """Up to ten labels it is 1000 images under each label. With more, it is 10,000 images in all."""
+    found = evaluator_of(K, [1], monkeypatch)
+    assert found.questions(forgotten=False) == [per_label] * K
+    assert found.questions(forgotten=True) == [per_label, 5 * per_label] + [per_label] * (K - 2)
+    assert found.questions(forgotten=True, quick=True) == [quick] * K
+    found.announce()
+    assert f"draws {(K + 4) * per_label} images" in capsys.readouterr().out
+    Variant.announce(SimpleNamespace(per_label=0))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("K, points", [(2, 500), (10, 4500), (40, 4992)])
+def test_precision_and_recall_compare_5000_features_at_most(K, points, monkeypatch):
+    """The matrix of their distances would grow with the square of the number of labels."""
+    compared = []
+    monkeypatch.setattr("lab.evaluate.metrics.precision_recall", lambda *sets: compared.append(sets) or (0.0, 0.0))
+    stats = {"features": torch.zeros(K, 500, 2).half(), "entropy": torch.zeros(K), "mean": torch.zeros(K, 2),
+             "second": torch.zeros(K, 2, 2), "confusion": torch.ones(K, K)}
+    label_metrics({"stats": stats, "confusion2": stats["confusion"]}, stats, stats, [0], [1])
+    assert [len(features) for features in compared[0]] == [points] * 2
 
 
 def test_a_second_evaluation_gives_the_same_numbers(shipped_run):

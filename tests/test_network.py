@@ -378,6 +378,9 @@ def hostile_contents():
         yield {**good_content(), key: value}
     settings = [("channel_mult", mult) for mult in ([10 ** 9], [], 10 ** 5 * [1], None)]
     settings += [("attn_resolutions", 8), ("attn_resolutions", [2]), ("patch", 0), ("patch", 2), ("another", True)]
+    settings += [("attn_resolutions", ["x"]), ("attn_resolutions", "2")]
+    settings += [("dropout", value) for value in ("x", None, [0.1], 1.0, -0.1, math.nan)]
+    settings += [("sigma_data", value) for value in ("x", None, [0.5], 0.0, -0.5, math.nan, math.inf)]
     for name in ("resolution", "channels", "num_classes", "model_channels", "num_blocks"):
         settings += [(name, size) for size in (10 ** 9, 2 ** 80, 0, -4, 3.5, "8", None, [8])]
     for name, value in settings:

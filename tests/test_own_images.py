@@ -1,6 +1,7 @@
 """Own images are read as they are, called by their folders' names, and never taken for another data set's."""
 import os
 import re
+import shlex
 
 import numpy as np
 import pytest
@@ -255,7 +256,11 @@ def test_a_teacher_of_own_images(here, monkeypatch, capsys):
     assert info["classes"] == ["ant", "bee"] and info["size"] == 16 and network.shape == (3, 16, 16)
     assert load_teacher("", "two kinds", CPU)[1]["sha256"] == info["sha256"]
     assert load_teacher("runs/two kinds-teacher", "two kinds", CPU)[1]["sha256"] == info["sha256"]
+    printed = capsys.readouterr().out
     assert image_size("two kinds", "teacher") == 16 and "16x16" in capsys.readouterr().out
+    judge, sfd = printed.splitlines()[-1].removeprefix("next: ").split(", then ")
+    assert shlex.split(judge) == ["python", "-m", "lab.judge", "--data", "two kinds"]
+    assert shlex.split(sfd)[:4] == ["python", "sfd_minimal.py", "--teacher", "runs/two kinds-teacher/teacher.pt"]
     with pytest.raises(BadInput, match="inside"):
         train_teacher.main(["--data", "two kinds", "--out", "two kinds/run"])
     assert {path.name for path in (here / "two kinds").iterdir()} == {"ant", "bee"}

@@ -19,11 +19,13 @@ import torch
 import edm_unet
 import lab.core.runs
 import lab.distill
+import lab.prompts.train_teacher
 import sfd_minimal
 import train_teacher
-from conftest import ROOT, assert_same, image_folder, tiny_network
+from conftest import ROOT, assert_same, image_folder, save_network, tiny_network
 from edm_unet import BadInput, RunFailed, Stopped, load_file, load_network, save_checkpoint, save_file
 from lab.core.runs import Run
+from lab.prompts.network import PromptSettings
 
 SMALL = tiny_network().settings
 
@@ -418,6 +420,99 @@ def test_a_teacher_is_not_resumed_on_other_images(here):
         train_teacher.main([*argv, "--resume"])
 
 
+def test_a_run_of_sfd_goes_on_however_its_labels_and_files_are_spelled(sfd, tiny, here):
+    network, names = load_network(tiny)[0], [f"{k} - {name}" for k, name in enumerate("zero one two three".split())]
+    save_network(network, here / "a teacher" / "teacher.pt", classes=names + [str(k) for k in range(4, 10)])
+    sfd[sfd.index("--teacher") + 1] = "a teacher/teacher.pt"
+    sfd_minimal.main([*sfd, "--out", "first"])
+    sfd_minimal.main([*sfd, "--init-from", "first/both.pt", "--out", "run"])
+    before = parts("run")
+    Path("a teacher").rename("moved")
+    Path("first").rename("elsewhere")
+    sfd_minimal.main(["--forget", "Zero", "--to", "one", *sfd[4:], "--teacher", "./moved/../moved/teacher.pt",
+                      "--init-from", "./elsewhere/both.pt", "--out", "./run/", "--resume"])
+    assert_same(before, parts("run"))
+
+
+def test_a_run_of_lab_distill_goes_on_however_its_labels_and_data_are_spelled(tiny, here, monkeypatch):
+    monkeypatch.setattr(lab.distill.Evaluator, "find", lambda *args: None)
+    names = [f"{k} - {name}" for k, name in enumerate("zero one two three".split())] + [str(k) for k in range(4, 10)]
+    save_network(load_network(tiny)[0], here / "runs" / "mine-teacher" / "teacher.pt", classes=names, data="mine")
+    argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", "run"]
+    lab.distill.main(["--data", "mine", "--forget", "0", "--to", "1", *argv])
+    before = parts("run")
+    for data, forget, to in (("./mine/", "zero", "One"), ("../mine", "Zero", "1")):
+        lab.distill.main(["--data", data, "--forget", forget, "--to", to, *argv, "--resume"])
+        assert_same(before, parts("run"))
+    for forget, to, word in (("2", "1", r"forget was \[0\] and is \[2\]"), ("0", "3", r"to was \[1\] and is \[3\]")):
+        with pytest.raises(BadInput, match=word):
+            lab.distill.main(["--data", "mine", "--forget", forget, "--to", to, *argv, "--resume"])
+
+
+def test_the_training_of_a_teacher_goes_on_however_its_images_are_spelled(here):
+    image_folder(here / "mine", ["ant", "bee"], 4, 16)
+    argv = ["--steps", "2", "--batch", "4", "--device", "cpu", "--out", "run"]
+    train_teacher.main(["--data", "mine", "--steps", "1", "--batch", "4", "--device", "cpu", "--out", "first"])
+    train_teacher.main(["--data", "mine", *argv, "--init-from", "first/teacher.pt"])
+    before = parts("run")
+    (here / "mine").rename(here / "moved")
+    for spelled in ("moved", "moved/", "./moved", "../" + here.name + "/moved/", str(here / "moved")):
+        train_teacher.main(["--data", spelled, *argv, "--init-from", "./first/teacher.pt", "--resume"])
+        assert_same(before, parts("run"))
+
+
+@pytest.fixture
+def prompts(mnist_dir, here, monkeypatch):
+    """The options of a short run of lab.prompts.train_teacher."""
+    small = PromptSettings(channels=3, patch=4, model_channels=16, channel_mult=(1,), num_blocks=1)
+    monkeypatch.setattr(lab.prompts.train_teacher, "NET", small)
+    monkeypatch.setattr(lab.prompts.train_teacher, "save_images", lambda *args: None)  # draws 60 images in 35 steps
+    monkeypatch.setattr(lab.prompts.train_teacher, "heun_sampler", lambda *args: None)
+    return ["--data-dir", str(mnist_dir), "--batch", "4", "--device", "cpu", "--steps", "2"]
+
+
+def test_a_teacher_of_prompts_goes_on_however_its_start_is_spelled(prompts):
+    lab.prompts.train_teacher.main([*prompts, "--out", "first"])
+    lab.prompts.train_teacher.main([*prompts, "--out", "run", "--init-from", "first/teacher.pt"])
+    before = parts("run")
+    Path("first").rename("moved")
+    for spelled in ("moved/teacher.pt", "./moved/", "moved"):
+        lab.prompts.train_teacher.main([*prompts, "--out", "run", "--init-from", spelled, "--resume"])
+        assert_same(before, parts("run"))
+    with pytest.raises(BadInput, match="init_from was .* and is "):
+        lab.prompts.train_teacher.main([*prompts, "--out", "run", "--init-from", "run", "--resume"])
+
+
+def lose_setting(out, name):
+    """Make the checkpoint of a run one of an earlier version of the code, which had no setting of that name."""
+    saved = load_file(f"{out}/checkpoint.pt")
+    del saved["settings"][name]
+    save_file(f"{out}/checkpoint.pt", saved)
+
+
+def test_a_setting_that_an_earlier_version_lacked_was_its_default(sfd, teacher, here):
+    train_teacher.main([*teacher, "--out", "run"])
+    lose_setting("run", "label_drop")
+    train_teacher.main([*teacher, "--out", "run", "--resume"])
+    with pytest.raises(BadInput, match="label_drop is 0.3, and the earlier version .* had no such setting"):
+        train_teacher.main([*teacher, "--out", "run", "--resume", "--label-drop", "0.3"])
+
+    sfd_minimal.main([*sfd, "--out", "sfd run"])
+    lose_setting("sfd run", "alpha")
+    sfd_minimal.main([*sfd, "--out", "sfd run", "--resume"])
+    with pytest.raises(BadInput, match="alpha is 1.2, and the earlier version"):
+        sfd_minimal.main([*sfd, "--out", "sfd run", "--resume", "--alpha", "1.2"])
+
+    run = Run(plain_settings("plain"), {}, pinned={"teacher": "one"})
+    run.save()
+    lose_setting("plain", "seed")
+    Run(plain_settings("plain", resume=True), {}, pinned={"teacher": "one"})
+    with pytest.raises(BadInput, match="seed is 3, and the earlier version"):
+        Run(plain_settings("plain", resume=True, seed=3), {}, pinned={"teacher": "one"})
+    with pytest.raises(BadInput, match="teacher was 'one', and this version has no such setting"):
+        Run(plain_settings("plain", resume=True), {})
+
+
 def test_a_folder_that_is_there_is_refused(sfd, teacher):
     """Without --resume any folder, and with it a folder that has no checkpoint."""
     Path("run").mkdir()
@@ -438,8 +533,8 @@ def test_a_checkpoint_of_other_code_is_refused(sfd):
             sfd_minimal.main([*sfd, "--out", "run", "--resume"])
 
 
-@pytest.mark.parametrize("name", ["sfd_minimal", "train_teacher", "lab.core.runs"])
-def test_of_two_runs_that_begin_in_one_folder_one_is_refused(name, sfd, teacher, monkeypatch):
+@pytest.mark.parametrize("name", ["sfd_minimal", "train_teacher", "lab.prompts.train_teacher", "lab.core.runs"])
+def test_of_two_runs_that_begin_in_one_folder_one_is_refused(name, sfd, teacher, prompts, monkeypatch):
     """Both find no folder, and then both make it."""
     both, mkdir, errors = threading.Barrier(2), Path.mkdir, []
 
@@ -451,13 +546,16 @@ def test_of_two_runs_that_begin_in_one_folder_one_is_refused(name, sfd, teacher,
     def plain(argv):
         Run(plain_settings("run"), {"network": torch.nn.Linear(1, 1)})
 
+    programs = {"sfd_minimal": (sfd_minimal.main, sfd), "train_teacher": (train_teacher.main, teacher),
+                "lab.prompts.train_teacher": (lab.prompts.train_teacher.main, prompts), "lab.core.runs": (plain, [])}
+
     def main():
+        program, argv = programs[name]
         try:
-            {"sfd_minimal": sfd_minimal.main, "train_teacher": train_teacher.main, "lab.core.runs": plain}[name](argv)
+            program([*argv, "--out", "run"])
         except Exception as e:
             errors.append(e)
 
-    argv = [*{"sfd_minimal": sfd, "train_teacher": teacher, "lab.core.runs": []}[name], "--out", "run"]
     monkeypatch.setattr(Path, "mkdir", mkdir_at_once)
     threads = [threading.Thread(target=main) for _ in range(2)]
     for thread in threads:
@@ -615,3 +713,33 @@ def test_a_log_that_another_program_holds_open_ends_no_run(here, monkeypatch, ca
         run.log(terms)
     assert run.step == 40 and parts("run")[2] == 40
     assert "log.csv" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------ beside other programs
+
+def noted(monkeypatch, capsys, durations, threads=2):
+    """What watch_pace prints where the steps take these seconds."""
+    clock = [0.0]
+    monkeypatch.setattr(edm_unet.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+
+    def training():
+        for seconds in durations:
+            clock[0] += seconds
+            yield {"loss": torch.zeros(())}
+
+    for _ in edm_unet.watch_pace(training()):
+        clock[0] += 100.0  # the caller's own time, such as that of a checkpoint, does not count
+    return capsys.readouterr().err
+
+
+def test_steps_that_become_three_times_as_slow_bring_one_line_of_advice(monkeypatch, capsys):
+    words = noted(monkeypatch, capsys, [0.4] * 10 + [1.8] * 20)
+    assert words.count("\n") == 1 and "takes 1.80 s and took 0.40 s" in words and "OMP_NUM_THREADS=1" in words
+
+
+@pytest.mark.parametrize("durations, threads", [([0.4] * 10 + [1.8, 1.8] + [0.4] * 10, 2),    # two slow steps
+                                                ([5.0] + [0.4] * 10 + [1.0] * 10, 2),         # the first step is slow
+                                                ([0.4] * 10 + [1.8] * 20, 1)])                # there is one thread
+def test_a_steady_run_and_a_run_with_one_thread_get_no_advice(monkeypatch, capsys, durations, threads):
+    assert noted(monkeypatch, capsys, durations, threads) == ""

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from edm_unet import BadInput, command, digest, machine, pick_device
+from edm_unet import BadInput, command, command_line, digest, machine, pick_device
 from lab.audit import attacks, target
 from lab.audit.attacks import ATTACKS, in_words, table
 from lab.audit.target import judge_files, load_target
@@ -79,8 +79,9 @@ def audit(out, device, data_dir, cut=1):
         write_json(out / "audit.json", {"networks": results})
     audit_figure(figure, out / "audit.png")
     print(table(results), *(in_words(name, numbers) for name, numbers in results.items()), sep="\n")
-    print(f"numbers in {out / 'audit.json'}, pictures in {out / 'audit.png'}\n"
-          f"next: python -m lab.sample {next(iter(folders.values())) / 'generator.pt'} --n 100 --out samples.png")
+    first = next(iter(folders.values())) / "generator.pt"
+    print(f"numbers in {out / 'audit.json'}, pictures in {out / 'audit.png'}")
+    print("next:", command_line("-m", "lab.sample", first, "--n", "100", "--out", "samples.png"))
     return results
 
 

@@ -8,7 +8,7 @@ import copy
 
 import torch
 
-from edm_unet import BadInput
+from edm_unet import BadInput, command_line
 from lab.core.files import find_weights
 from lab.core.images import misfit, to_uint8
 from lab.evaluate.draw import load_generator, sampler
@@ -76,7 +76,7 @@ def judge_files(data):
     """Files of the two judges of a data set. BadInput where there are none."""
     paths = [find_weights(data, "judge"), find_weights(data, "judge2")]
     if None in paths:
-        raise BadInput(f"no judges for {data}: train them with `python -m lab.judge --data {data}`")
+        raise BadInput(f"no judges for {data}: train them with `{command_line('-m', 'lab.judge', '--data', data)}`")
     return paths
 
 

@@ -3,7 +3,7 @@
     python -m lab.baselines --forget 0 --to 1                            # all methods; --resume goes on with the rest
     python -m lab.baselines --forget 0 --to 1 --method esd label_swap    # some of them
 """
-from edm_unet import command
+from edm_unet import command, command_line
 from lab.baselines.compare import Comparison, Settings, compare
 from lab.core.options import parse
 
@@ -11,7 +11,8 @@ from lab.core.options import parse
 def main(argv):
     s = parse(Settings, argv, __doc__)
     compare(Comparison(s))
-    print(f"next: python -m lab.audit {s.out}    # attacks that try to bring the label back; needs real images")
+    audit = command_line("-m", "lab.audit", s.out)
+    print(f"next: {audit}    # attacks that try to bring the label back; needs real images")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from edm_unet import BadInput, machine, pack, pick_device, save_file
+from edm_unet import BadInput, command_line, machine, pack, pick_device, save_file
 from lab import distill
 from lab.baselines.methods import METHODS, ONE_STEP, TUNED, World
 from lab.core.files import find_sid, load_any, load_teacher
@@ -151,8 +151,9 @@ class Comparison:
         """(generator, info) of the teacher's plain SiD, for the method `name`. BadInput where there is none."""
         found = find_sid(self.info, self.device, self.load)
         if found is None:
+            train = command_line("sfd_minimal.py", "--data", self.s.data, "--forget", "none")
             raise BadInput(f"{name} needs plain SiD of {self.info['path']}, a one-step generator that forgot nothing: "
-                           f"train it with `python sfd_minimal.py --data {self.s.data} --forget none`")
+                           f"train it with `{train}`")
         return found
 
     def judge(self, generate, network, name, erased=True, control=None):

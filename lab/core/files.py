@@ -1,7 +1,7 @@
 """Where teachers, judges and generators lie, and reading them. `edm_unet.load_network` reads a network's file."""
 from pathlib import Path
 
-from edm_unet import BadInput, digest, load_file, load_network, save_file
+from edm_unet import BadInput, command_line, digest, load_file, load_network, save_file
 from lab.core.images import data_name, misfit
 from train_teacher import TORCHVISION
 
@@ -37,6 +37,11 @@ def load_any(path, device="cpu", data="cifar10"):
     return load_network(path, device)
 
 
+def train_command(data):
+    """The command that trains the teacher of a data set."""
+    return command_line("train_teacher.py", "--data", data)
+
+
 def load_teacher(path, data, device):
     """(teacher, info) from a file, or where `path` is empty from the data set's. info: `edm_unet.load_network`.
 
@@ -44,8 +49,8 @@ def load_teacher(path, data, device):
     """
     path = in_folder(path, "teacher.pt") if path else find_weights(data, "teacher")
     if path is None:
-        raise BadInput(f"no teacher for {data}: train one with `python train_teacher.py --data {data}`, "
-                       "or name its file with --teacher")
+        raise BadInput(f"no teacher for {data}: train one with `{train_command(data)}`, or name its file with "
+                       "--teacher")
     teacher, info = load_any(path, device, data)
     if "sigma_init" in info:
         raise BadInput(f"{path} is a one-step generator, not a teacher")
@@ -53,7 +58,7 @@ def load_teacher(path, data, device):
         raise BadInput(f"{path} was trained on {info['data']}, not on {data}")
     differs = misfit(data, info["classes"], teacher.shape, info.get("size"))
     if differs:
-        raise BadInput(f"{path} {differs}: train another with `python train_teacher.py --data {data}`")
+        raise BadInput(f"{path} {differs}: train another with `{train_command(data)}`")
     return teacher, info
 
 

@@ -50,6 +50,11 @@ def comparable(s):
     return {f.name: getattr(s, f.name) for f in dataclasses.fields(s) if f.metadata.get("trains", True)}
 
 
+def defaults(s):
+    """{name: default} of the settings that have one."""
+    return {f.name: f.default for f in dataclasses.fields(s) if f.default is not dataclasses.MISSING}
+
+
 def given_options(cls, argv, description=""):
     """{field: value} of the options of the dataclass `cls` that a command line gives. BadInput for unknown options."""
     parser = Parser(description)
@@ -61,7 +66,7 @@ def given_options(cls, argv, description=""):
         text = m.get("help", "as in sfd_minimal.py").replace("%", "%%")
         help = text if f.default in ("", None) else f"{text} (default: {f.default})"
         if m.get("positional"):
-            parser.add_argument(f.name, help=text)
+            parser.add_argument(f.name, nargs="+" if types[f.name] is tuple else None, help=text)
         elif types[f.name] is bool:
             parser.add_argument(option_name(f.name), action="store_true", default=None, help=text)
         elif types[f.name] is tuple:

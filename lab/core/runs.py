@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edm_unet import BadInput, RunFailed, Stopped, load_checkpoint, save_checkpoint
-from lab.core.options import comparable, setting
+from edm_unet import BadInput, RunFailed, Stopped, load_checkpoint, save_checkpoint, watch_pace
+from lab.core.options import comparable, defaults, setting
 
 SAVING_SHARE = 30  # the time between checkpoints is at least this many times the duration of the last one
 
@@ -47,6 +47,7 @@ class Run:
 
     s: settings with out, steps, save_every and resume. state: {name: network or optimizer}, everything that training
     changes. pinned: {name: value}, what else must not change when the run is resumed, such as the digest of a teacher.
+    A setting that is in `pinned` too is compared by its value there: a label has a name and a number.
     A checkpoint is written to out/checkpoint.pt every `save_every` seconds, at the end and on Ctrl-C; `log` writes
     out/log.csv. Raises BadInput where the folder holds another run, RunFailed where a loss or weight is not finite.
     """
@@ -62,7 +63,7 @@ class Run:
         except OSError as e:
             raise BadInput(f"cannot write to {self.out}: {e.strerror}") from e
         if self.path.exists():
-            self.step, self.seconds = load_checkpoint(self.path, self.fixed, state)
+            self.step, self.seconds = load_checkpoint(self.path, self.fixed, state, defaults(s))
             self.history = self._read_log()
         else:
             save_checkpoint(self.path, 0, 0.0, self.fixed, state)
@@ -108,7 +109,7 @@ class Run:
         saved_at, saving = time.monotonic(), 0.0
         self.last = saved_at
         try:
-            for terms in training:
+            for terms in watch_pace(training):
                 self.step += 1
                 terms = dict(zip(terms, torch.stack(list(terms.values())).tolist()))  # one wait for the device
                 for name, value in terms.items():

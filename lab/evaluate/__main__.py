@@ -16,7 +16,8 @@ from lab.evaluate.evaluator import evaluate_run
 class Settings:
     run: str = setting("", "folder of a run of sfd_minimal.py", positional=True)
     per_label: int = setting(None, "images judged under each label, five times as many under a forgotten label; "
-                             "None is 1000", above=0)
+                             "None is 1000, or 10,000 divided by the number of labels where there are more than ten",
+                             above=0)
     teacher: str = setting("", "file of the teacher, where it is no longer where it was")
     device: str = setting("auto", "auto, cpu, cuda or mps")
 

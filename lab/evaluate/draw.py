@@ -50,21 +50,20 @@ def in_float32(network):
 
 
 @torch.no_grad()
-def draw_images(generate, labels, network, seed, batch=250, progress=None, conditions=None):
-    """Images uint8 (N, C, H, W) under labels (N,), on the CPU.
+def draw_parts(generate, labels, network, seed, batch=250, progress=None, conditions=None):
+    """Yield images uint8 (n, C, H, W) under labels (N,), on the CPU, in parts of n = `batch` images or fewer.
 
     The j-th image of a label has the same noise, whatever else is drawn. conditions (K, ...): the condition of each
     label, where it is not the network's own. progress: title of a progress bar.
     """
-    z = torch.empty(len(labels), *network.shape)
-    for k in labels.unique().tolist():
-        rng = torch.Generator().manual_seed(10_000 * seed + k)
-        rows = labels == k
-        z[rows] = torch.randn(int(rows.sum()), *network.shape, generator=rng)
+    rng = {k: torch.Generator().manual_seed(10_000 * seed + k) for k in labels.unique().tolist()}
     device = network.conditions.device
     c = network.conditions if conditions is None else conditions.to(device)
-    parts = list(zip(z.split(batch), labels.split(batch)))
-    images = []
-    for noise, k in tqdm(parts, desc=progress, disable=not progress, leave=False):
-        images.append(to_uint8(generate(noise.to(device), c[k.to(device)])).cpu())
-    return torch.cat(images)
+    for part in tqdm(labels.split(batch), desc=progress, disable=not progress, leave=False):
+        z = torch.stack([torch.randn(network.shape, generator=rng[k]) for k in part.tolist()])
+        yield to_uint8(generate(z.to(device), c[part.to(device)])).cpu()
+
+
+def draw_images(generate, labels, network, seed, **options):
+    """All images of `draw_parts` at once: uint8 (N, C, H, W)."""
+    return torch.cat(list(draw_parts(generate, labels, network, seed, **options)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from edm_unet import BadInput, digest, load_network, machine, pick_device
+from edm_unet import BadInput, command_line, digest, load_network, machine, pick_device
 from lab.core.files import cached, find_sid, find_weights, in_folder, load_teacher, measured_file
 from lab.core.tables import markdown, percent, write_json
 from lab.evaluate.draw import TEACHER_NFE, draw_images, in_float32, sampler
@@ -15,6 +15,7 @@ from lab.evaluate.figures import curves_figure, samples_figure
 from lab.evaluate.judges import class_stats, load_judge
 from lab.evaluate.metrics import label_metrics
 
+BUDGET = 10_000  # images of a network that has forgotten nothing, under all labels together
 PROTOCOL = 2  # of drawing and judging; 2: the same noise for the same label in every network, float32 everywhere
 SHOWN = 20    # images of each label in the pictures
 ROW_NAMES = {"teacher": "teacher", "sid": "plain SiD", "generator": "this generator"}
@@ -27,7 +28,7 @@ class Evaluator:
     overrides, -1 for a random kept label. BadInput where there are no judges. A variant for other conditions than
     labels overrides `questions`, `measure`, `report`, `cache_key`, `tables`, `pictures` and, for `find`, `misfit`.
     """
-    per_label = 1000  # images of each label; five times as many of a label to forget
+    per_label = 1000  # images of each label, or fewer within the BUDGET; five times as many of a label to forget
     judges_of = None  # data set of the judges, where it is not the teacher's
     load = staticmethod(load_network)
 
@@ -35,13 +36,16 @@ class Evaluator:
         data = self.judges_of or info["data"]
         self.paths = [find_weights(data, "judge"), find_weights(data, "judge2")]
         if None in self.paths:
-            raise BadInput(f"no judges for {data}: train them with `python -m lab.judge --data {data}`")
+            raise BadInput(f"no judges for {data}: train them with "
+                           f"`{command_line('-m', 'lab.judge', '--data', data)}`")
         self.teacher, self.info, self.c_f, self.c_o, self.seed = teacher, info, c_f, c_o, seed
         self.device = teacher.conditions.device
         self.judge, content = load_judge(self.paths[0], self.device)
         self.judge2, _ = load_judge(self.paths[1], self.device)
         self.reference, self.floor, self.classes = content["train"], content["test"], content["classes"]
         self.kept = [k for k in range(len(self.classes)) if k not in c_f]
+        share = max(1, BUDGET // len(self.classes))
+        self.per_label, self.per_probe = min(self.per_label, share), min(100, max(1, share // 10))
         self.origin = {"data": content["data"], "accuracy": content["accuracy"], "sha256": digest(*self.paths)}
 
     @classmethod
@@ -85,7 +89,7 @@ class Evaluator:
         generator in training.
         """
         if quick:
-            return [100] * len(self.classes)
+            return [self.per_probe] * len(self.classes)
         counts = [self.per_label] * len(self.classes)
         for k in self.c_f if forgotten else []:
             counts[k] = 5 * self.per_label
@@ -126,9 +130,19 @@ class Evaluator:
                   "generator, 1 evaluation": measured["generator"]["samples"]}
         samples_figure(panels, self.classes, self.c_f, out / "evaluation.png")
         if (out / "log.csv").exists():
-            curves_figure(out / "log.csv", rows["teacher"], out / "curves.png")
+            curves_figure(out / "log.csv", rows["teacher"], out / "curves.png", f"{self.per_probe} images per label")
 
     # ----------------------------------------------------------------------------------- what all evaluations share
+
+    def announce(self):
+        """Print how many images an evaluation draws. Nothing for a variant that draws no labels."""
+        if not self.per_label:
+            return
+        of_each = f"{self.per_label} under each label"
+        if self.c_f:
+            of_each += f" to keep and {5 * self.per_label} under each label to forget"
+        print(f"The evaluation draws {sum(self.questions(forgotten=True))} images of this generator: {of_each}. "
+              f"The first one also draws {sum(self.questions(forgotten=False))} images of each network in its table.")
 
     def probe(self, generator, sigma_init):
         """UA, kept accuracy and FD of few images of a generator in training. So few images make the FD too large."""
@@ -173,6 +187,7 @@ class Evaluator:
 
         Writes metrics.json and the pictures into the folder `out`. info: the other entries of the generator's file.
         """
+        self.announce()
         began = time.perf_counter()
         out, generate = Path(out), sampler(generator, info["sigma_init"])
         found = self.measure(generate, generator, self.questions(forgotten=True), "measuring the generator")
@@ -248,5 +263,6 @@ def evaluate_run(out, teacher_path="", per_label=None, device="auto"):
     evaluator.per_label = per_label or evaluator.per_label
     result = evaluator.evaluate(path.parent, generator, info)
     if evaluator.c_f:
-        print(f"next: python -m lab.audit {path.parent}    # can attacks bring the forgotten class back?")
+        audit = command_line("-m", "lab.audit", path.parent)
+        print(f"next: {audit}    # can attacks bring the forgotten class back?")
     return result

@@ -10,7 +10,7 @@ Each training caption is a label for `lab.distill`. The override of a caption th
 """
 from dataclasses import dataclass
 
-from edm_unet import BadInput, command, pick_device
+from edm_unet import BadInput, command, command_line, pick_device
 from lab import distill
 from lab.core.labels import run_folder
 from lab.core.options import setting
@@ -56,7 +56,7 @@ def main(argv):
     generator, content = distill.train(s, teacher, info, c_f, c_o, labels, evaluator)
     if evaluator:
         evaluator.evaluate(s.out, generator, content)
-    print(f"next: python -m lab.prompts.sample {s.out} --prompt \"a red zero\" --out zeros.png")
+    print("next:", command_line("-m", "lab.prompts.sample", s.out, "--prompt", "a red zero", "--out", "zeros.png"))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edm_unet import BadInput, command
+from edm_unet import BadInput, command, command_line
 from lab.audit.attacks import latent_search, relearn, search_in_words
 from lab.audit.target import Target, one_vector
 from lab.baselines import compare as baselines
@@ -204,7 +204,8 @@ class Settings(baselines.Settings):
 def main(argv):
     s = parse(Settings, argv, __doc__)
     compare(PromptComparison(s))
-    print(f"next: python -m lab.prompts.sample {s.out}/{s.method[-1]} --prompt \"a red zero\" --out zeros.png")
+    network = f"{s.out}/{s.method[-1]}"
+    print("next:", command_line("-m", "lab.prompts.sample", network, "--prompt", "a red zero", "--out", "zeros.png"))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import torch
 from edm_unet import BadInput, command, pick_device
 from lab.core.files import in_folder
 from lab.core.options import parse, setting
-from lab.evaluate.draw import draw_images, load_generator
+from lab.evaluate.draw import draw_parts, load_generator
 from lab.prompts.captions import tokens
 from lab.prompts.network import load_prompt_network
-from lab.sample import output_form, write_images
+from lab.sample import check_picture, output_form, write_images
 
 
 @dataclass
@@ -36,8 +36,10 @@ def main(argv):
     generate, network, _ = load_generator(path, pick_device(s.device), load_prompt_network)
     conditions = tokens(prompts, network.settings.words)
     rows = torch.arange(s.n) * len(prompts) // s.n
-    images = draw_images(generate, rows, network, s.seed, progress="drawing", conditions=conditions)
-    write_images(images, rows, out, form, prompts=prompts)
+    if form == "picture":
+        check_picture(out, s.n, network.shape)
+    parts = draw_parts(generate, rows, network, s.seed, progress="drawing", conditions=conditions)
+    write_images((image for part in parts for image in part), rows, out, form, prompts=prompts)
     counts = rows.bincount(minlength=len(prompts)).tolist()
     drawn = ", ".join(f"{n} of {prompt!r}" for n, prompt in zip(counts, prompts))
     print(f"{s.n} images in {out}: {drawn}")

@@ -5,12 +5,11 @@
 The network, its text encoder included, is trained by train_teacher.py's loop, on batches of captions.
 """
 from dataclasses import asdict, fields
-from pathlib import Path
 
 import torch
 
-from edm_unet import (BadInput, Parser, Stopped, command, has_fast_bf16, heun_sampler, machine, pack, pick_device,
-                      save_file, save_images)
+from edm_unet import (BadInput, Parser, Stopped, command, command_line, has_fast_bf16, heun_sampler, machine,
+                      make_run_folder, pack, pick_device, save_file, save_images)
 from lab.core.images import class_counts
 from lab.core.runs import seed_everything
 from lab.prompts.captions import WORDS, batches, grid
@@ -34,42 +33,44 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def write_results(out, teacher, content):
+    """Write teacher.pt, in half precision, and samples.png, a row for each digit."""
+    path, device = out / "teacher.pt", next(teacher.parameters()).device
+    save_file(path, {**content, **pack(teacher, half=True)})
+    rows, conditions = grid(WORDS)
+    z = torch.randn(len(rows), *teacher.shape, device=device)
+    save_images(heun_sampler(teacher, z, conditions[rows].to(device)), 18, out / "samples.png")
+    print(f"trained in {content['seconds']:.0f} s: {path}, with samples.png beside it, a row for each digit\n"
+          f"next: {command_line('-m', 'lab.prompts', '--teacher', path, '--forget', 'zero', '--to', 'one')}")
+
+
 def main(argv):
     a = parse(argv)
     s = Settings(**{f.name: getattr(a, f.name) for f in fields(Settings)})
-    device, out = pick_device(a.device), Path(a.out)
+    device = pick_device(a.device)
     images, labels, classes = load_known("mnist", a.data_dir)
-    if out.exists() and not a.resume:
-        raise BadInput(f"{out} is there already: --resume goes on with it, --out names another folder")
-    out.mkdir(parents=True, exist_ok=True)
 
     seed_everything(s.seed)
-    network = PromptDenoiser(NET).to(device)
+    network, info = PromptDenoiser(NET).to(device), {}
     if a.init_from:
-        start, _ = load_prompt_teacher(a.init_from, device)
+        start, info = load_prompt_teacher(a.init_from, device)
         if start.settings != NET:
             raise BadInput(f"{a.init_from} has another network than this run, {NET}")
         network.load_state_dict(start.state_dict())
     network.bf16 = has_fast_bf16(device)
     data = batches(images.to(device), labels.to(device), s.batch, WORDS)
     size = sum(p.numel() for p in network.parameters()) / 1e6
-    print(f"{size:.2f} M parameters on {device.type}, {s.steps} steps of {s.batch}, writing to {out}")
-    fixed = {**asdict(s), "images": class_counts(labels, classes), "init_from": a.init_from}
+    fixed = {**asdict(s), "images": class_counts(labels, classes), "init_from": info.get("sha256", "")}
     parts = begin(network, s.lr)
+    out = make_run_folder(a.out, a.resume)
+    print(f"{size:.2f} M parameters on {device.type}, {s.steps} steps of {s.batch}, writing to {out}")
+    content = {"data": "prompts", "classes": classes, "machine": machine(device),
+               "made_by": {**asdict(s), "data": "prompts", "init_from": a.init_from}}
     try:
-        seconds = run(s, data, parts, out / "checkpoint.pt", fixed)
+        content["seconds"] = run(s, data, parts, out / "checkpoint.pt", fixed)
+        write_results(out, parts["average"], content)
     except KeyboardInterrupt as e:
         raise Stopped from e
-
-    teacher, path = parts["average"], out / "teacher.pt"
-    made_by = {**asdict(s), "data": "prompts", "init_from": a.init_from}
-    save_file(path, {"data": "prompts", "classes": classes, "made_by": made_by, "machine": machine(device),
-                     "seconds": seconds, **pack(teacher, half=True)})
-    rows, conditions = grid(WORDS)
-    z = torch.randn(len(rows), *teacher.shape, device=device)
-    save_images(heun_sampler(teacher, z, conditions[rows].to(device)), 18, out / "samples.png")
-    print(f"trained in {seconds:.0f} s: {path}, with samples.png beside it, a row for each digit\n"
-          f"next: python -m lab.prompts --teacher {path} --forget zero --to one")
 
 
 if __name__ == "__main__":
