@@ -140,7 +140,7 @@ def five_methods():
         seconds = f"{m['seconds']:.0f}" if "seconds" in m else ""
         lines.append([words, m["real_data"], m["nfe"], f"{m['ua_judge2']:.1%}", f"{m['override_share_judge2']:.1%}",
                       f"{m['kept_accuracy_judge2']:.1%}", f"{m['fd']:.1f}", seconds])
-    return markdown(["", "real images used", "NFE", "UA", "override", "kept", "FD", "seconds"], lines)
+    return markdown(["", "real images it learns from", "NFE", "UA", "override", "kept", "FD", "seconds"], lines)
 
 
 def comes_back():
