@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from edm_unet import RunFailed, command
 from lab import ablation
-from lab.audit import attacks
+from lab.audit import attacks, weights
 from lab.baselines import compare, grid
 from lab.core.options import parse, setting
 from lab.core.tables import markdown, percent, read_json, read_rows, spread, write_text
@@ -179,13 +179,13 @@ def ablation_table():
     columns = {"UA": ("ua", "{:.2%}"), "override": ("override_share", "{:.2%}"), "kept": ("kept_accuracy", "{:.2%}"),
                "FD / floor": ("over_floor", "{:.2f}"), "FD of the override": ("fd_override", "{:.1f}"),
                "recall": ("recall", "{:.3f}")}
-    words = {"default": "as here", **{f"ablation {name}": text for name, text in ablation.SWITCHES.items()},
-             "ablation official": "all of these at once",
-             **{f"ablation {name}": text for name, text in ablation.CHOICES.items()}}
-    lines = []
-    for group, text in words.items():
-        rows = group_rows(group) if group != "default" else seeds(group)
-        lines.append([text, len(rows), *cells(rows, columns, columns)])
+    words = {f"ablation {name}": text for name, text in (ablation.SWITCHES | ablation.CHOICES).items()}
+    lines = [["as here", len(seeds("default")), *cells(seeds("default"), columns, columns)]]
+    run = {row["group"] for row in read_rows(RUNS)}
+    for group, text in {**words, "ablation official": "all at once, but for the override"}.items():
+        if group in run:
+            rows = group_rows(group)
+            lines.append([text, len(rows), *cells(rows, columns, columns)])
     return markdown(["", "runs", *columns], lines)
 
 
@@ -239,6 +239,10 @@ def audit_table():
     return attacks.table(results("mnist_audit")["networks"])
 
 
+def weights_table():
+    return weights.table(results("mnist_weights")["networks"])
+
+
 def cifar10_methods():
     return compare.table(results("cifar10_baselines"))
 
@@ -260,10 +264,10 @@ def cifar10_page():
 
 
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "comes back": comes_back,
-          "summary": summary, "runs": every_run, "every class": every_class, "ablation": ablation_table, "methods": methods,
-          "methods over classes": methods_over_classes, "audit": audit_table, "cifar10": cifar10_page,
-          "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
-          "prompt methods": prompt_methods}
+          "summary": summary, "runs": every_run, "every class": every_class, "ablation": ablation_table,
+          "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
+          "weights": weights_table, "cifar10": cifar10_page, "cifar10 methods": cifar10_methods,
+          "cifar10 audit": cifar10_audit, "prompts": prompts_page, "prompt methods": prompt_methods}
 BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)
 
 

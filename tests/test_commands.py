@@ -17,12 +17,13 @@ import pytest
 import torch
 
 import edm_unet
+import lab.distill
 import sfd_minimal
 import train_teacher
 from conftest import CPU, ROOT, image_folder, module, run, save_network, tiny_network
 from edm_unet import BadInput, digest, load_file, load_network, pack, save_file
 from lab.core.files import load_teacher
-from lab.core.options import check_ranges
+from lab.core.options import check_ranges, given_options
 from lab.evaluate.evaluator import Evaluator
 
 MNIST = load_file(ROOT / "teachers" / "mnist.pt")["classes"]
@@ -380,6 +381,12 @@ def test_options_override_a_preset_and_nothing_else_changes_a_setting():
     assert s == {**dataclasses.asdict(sfd_minimal.Settings()), **changed}
     for preset in sfd_minimal.PRESETS.values():
         assert preset.keys() <= s.keys()
+
+
+def test_a_tilde_in_out_is_the_home_folder_where_the_shell_leaves_it(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # of Windows
+    assert given_options(lab.distill.Options, ["--out=~/x"])["out"] == str(tmp_path / "x")
 
 
 @pytest.mark.parametrize("data, preset", [("mnist", "mnist"), ("fashion_mnist", "mnist"), ("cifar10", "cifar10"),

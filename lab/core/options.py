@@ -2,6 +2,7 @@
 import dataclasses
 import inspect
 import math
+import os
 import typing
 
 from edm_unet import BadInput, Parser
@@ -74,6 +75,8 @@ def given_options(cls, argv, description=""):
         else:
             parser.add_argument(option_name(f.name), type=types[f.name], help=help)
     found = vars(parser.parse_intermixed_args(argv))
+    if found.get("out"):
+        found["out"] = os.path.expanduser(found["out"])  # shells leave the ~ in --out=~/x
     return {name: tuple(v) if isinstance(v, list) else v for name, v in found.items() if v is not None}
 
 
