@@ -44,6 +44,7 @@ SETTINGS = {"equal-rates": dict(lr_fake=3e-4), "alpha": dict(alpha=1.2)}
 @dataclass
 class Settings(RunSettings, sfd_minimal.Settings):
     switches: tuple = setting((), "as of SWITCHES and CHOICES", option=False)
+    device: str = setting("cpu", "all runs of the table are on the CPU", option=False)
 
     def __post_init__(self):
         sfd_minimal.Settings.__post_init__(self)
@@ -180,7 +181,7 @@ def main(argv):
     for terms in run.steps(distill(s, n, override_labels([FORGET], [override], 10), run.step)):
         if run.step % 100 == 0:
             run.log(terms)
-    settings = asdict(s) | {"data": "mnist", "forget": [str(FORGET)], "to": [str(override)], "teacher": unguided}
+    settings = asdict(s) | {"data": "mnist", "forget": [str(FORGET)], "to": [str(override)], "teacher": ""}
     content = {"data": "mnist", "classes": info["classes"], "sigma_init": s.sigma_init, "forget": [FORGET],
                "to": [override], "teacher_sha256": teacher_info["sha256"], "seconds": run.seconds,
                "machine": machine(torch.device("cpu")), "settings": settings}
