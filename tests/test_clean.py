@@ -1,4 +1,4 @@
-"""lab.clean: the result depends on the images of a generator that has forgotten, and on no weight of a network before."""
+"""lab.clean: its result depends on the images of a generator that has forgotten, and on no weights but its own."""
 import pytest
 import torch
 

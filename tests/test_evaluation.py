@@ -466,8 +466,8 @@ def test_an_evaluation_writes_its_numbers_and_pictures(shipped_run):
 def test_an_evaluation_says_first_how_many_images_it_draws(shipped_run):
     _, printed = shipped_run
     line = printed.splitlines()[0]
-    assert "56 images of this generator: 4 under each label to keep and 20 under each label to forget" in line
-    assert "40 images of each network in its table" in line
+    assert "56 images of this generator, 4 under each label to keep and 20 under each label to forget" in line
+    assert "The teacher's 40 images are drawn once" in line
 
 
 def evaluator_of(K, c_f, monkeypatch):

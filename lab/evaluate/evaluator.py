@@ -141,8 +141,8 @@ class Evaluator:
         of_each = f"{self.per_label} under each label"
         if self.c_f:
             of_each += f" to keep and {5 * self.per_label} under each label to forget"
-        print(f"The evaluation draws {sum(self.questions(forgotten=True))} images of this generator: {of_each}. "
-              f"The first one also draws {sum(self.questions(forgotten=False))} images of each network in its table.")
+        print(f"The evaluation draws {sum(self.questions(forgotten=True))} images of this generator, {of_each}. "
+              f"The teacher's {sum(self.questions(forgotten=False))} images are drawn once.")
 
     def probe(self, generator, sigma_init):
         """UA, kept accuracy and FD of few images of a generator in training. So few images make the FD too large."""
