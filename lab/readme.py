@@ -243,6 +243,27 @@ def audit_table():
     return attacks.table(results("mnist_audit")["networks"])
 
 
+def clean_runs():
+    """Students that never drew the class, and SFD from the public networks."""
+    titles = ["UA", "override", "kept", "FD / teacher's", "recall", "seconds"]
+    words = {"clean room": "clean room", "clean start": "clean start", "default": GROUPS["default"],
+             "two stages": GROUPS["two stages"]}
+    return markdown(["", *titles], [[text, *cells(seeds(group), titles)] for group, text in words.items()])
+
+
+def clean_audit():
+    """Attacks on these students, on a control, and on SFD."""
+    found = {"control (`retrain_sid`)": results("mnist_audit")["networks"]["retrain_sid"],
+             GROUPS["default"]: results("mnist_audit")["networks"]["sfd"],
+             **results("mnist_clean_audit")["networks"]}
+    lines = []
+    for name, r in found.items():
+        shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
+        sdedit, steps = r["other noise levels"]["sdedit"]["share"], r["relearning"]["10"]["steps"]
+        lines.append([name, *shares, f"{sdedit:.0%}", steps])
+    return markdown(["", *attacks.SEARCHES, "SDEdit", "steps to relearn"], lines)
+
+
 def weights_table():
     return weights.table(results("mnist_weights")["networks"])
 
@@ -270,8 +291,9 @@ def cifar10_page():
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "comes back": comes_back,
           "summary": summary, "runs": every_run, "every class": every_class, "ablation": ablation_table,
           "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
-          "weights": weights_table, "cifar10": cifar10_page, "cifar10 methods": cifar10_methods,
-          "cifar10 audit": cifar10_audit, "prompts": prompts_page, "prompt methods": prompt_methods}
+          "weights": weights_table, "clean": clean_runs, "clean audit": clean_audit, "cifar10": cifar10_page,
+          "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
+          "prompt methods": prompt_methods}
 BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)
 
 
