@@ -147,13 +147,18 @@ def five_methods():
     return markdown(["", "real images it learns from", "NFE", "UA", "override", "kept", "FD", "seconds"], lines)
 
 
+def attack_cells(r):
+    """(the share of each search, the number of steps to relearn from ten images) of one network of an audit."""
+    shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
+    steps = r["relearning"]["10"]["steps"]
+    return shares, f"over {r['relearning']['limit']}" if steps is None else steps
+
+
 def comes_back():
     found, lines = results("mnist_audit")["networks"], []
     for name, words in COMES_BACK.items():
-        r = found[name]
-        relearning = r["relearning"]["10"]["steps"]
-        shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
-        lines.append([words, *shares, f"over {r['relearning']['limit']}" if relearning is None else relearning])
+        shares, steps = attack_cells(found[name])
+        lines.append([words, *shares, steps])
     return markdown(["", *attacks.SEARCHES, "steps to relearn"], lines)
 
 
@@ -258,9 +263,8 @@ def clean_audit():
              **results("mnist_clean_audit")["networks"]}
     lines = []
     for name, r in found.items():
-        shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
-        sdedit, steps = r["other noise levels"]["sdedit"]["share"], r["relearning"]["10"]["steps"]
-        lines.append([name, *shares, f"{sdedit:.0%}", steps])
+        shares, steps = attack_cells(r)
+        lines.append([name, *shares, f"{r['other noise levels']['sdedit']['share']:.0%}", steps])
     return markdown(["", *attacks.SEARCHES, "SDEdit", "steps to relearn"], lines)
 
 
