@@ -5,6 +5,7 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. For maintainers.
 """
+import math
 import re
 import statistics
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ COLUMNS = {  # title: (key of runs.csv, format)
     "the teacher's": ("teacher_fd_override", "{:.1f}"), "recall": ("recall", "{:.3f}"),
     "seconds": ("seconds", "{:.0f}"),
 }
+RECALL = {  # further columns of a table that has "FD of the override" and "the teacher's"
+    "recall of the override": ("recall_override", "{:.3f}"), "the teacher's": ("teacher_recall_override", "{:.3f}"),
+}
+SHARES = ("ua", "override_share", "kept_accuracy", "recall")  # numbers that cannot be above 1
+# Student's t for a 95 % interval of a mean, by the number of runs
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 PAGES = {  # other data sets: groups of runs.csv, and further columns
     "prompts": ({"prompts one stage": "one stage", "prompts anchored": "with an anchor"},
                 {"UA": "ua", "override": "override_share", "other attribute": "other_attribute",
@@ -55,7 +62,7 @@ PAGES = {  # other data sets: groups of runs.csv, and further columns
 # ------------------------------------------------------------------------------------------------- rows of runs.csv
 
 def group_rows(group):
-    """The rows of a group in runs.csv, with a "pair" of labels and with the numbers of COLUMNS as numbers or None."""
+    """The rows of a group in runs.csv, with a "pair" of labels and with the numbers of tables as numbers or None."""
     found = []
     for row in read_rows(RUNS):
         if row["group"] != group:
@@ -64,7 +71,7 @@ def group_rows(group):
             row["ratio"] = float(row["fd"]) / float(row["teacher_fd"])
         if row["fd_floor"]:
             row["over_floor"] = float(row["fd"]) / float(row["fd_floor"])
-        for key in ("nfe", "fd", *(key for key, _ in COLUMNS.values())):
+        for key in ("nfe", "fd", *(key for key, _ in (*COLUMNS.values(), *RECALL.values()))):
             row[key] = float(row[key]) if row.get(key) not in (None, "") else None
         if group == "teacher":
             row["seconds"] = None  # the file knows the time of its last training alone
@@ -86,14 +93,38 @@ def seeds(group):
     return [row for row in group_rows(group) if row["pair"] == "0 to 1"]
 
 
-def cells(rows, titles, columns=COLUMNS):
-    """One cell for each title of `columns`: the mean over rows and, where there are several, the range."""
+def star(row):
+    """A star where the FD of the override of a run is from more images than the teacher's, as before protocol 3."""
+    return "*" if int(row["protocol"]) < 3 and row["group"] not in ("teacher", "sid") else ""
+
+
+def cells(rows, titles, columns=COLUMNS, stars=False):
+    """One cell for each title of `columns`: the mean over rows and, where there are several, the range.
+
+    stars: put a `star` behind the FD of the override.
+    """
     found = []
     for title in titles:
         key, form = columns[title]
         values = [row[key] for row in rows if row[key] is not None]
-        found.append(spread(values, form) if values else "")
+        cell = spread(values, form) if values else ""
+        if stars and key == "fd_override":
+            cell += max(star(row) for row in rows)
+        found.append(cell)
     return found
+
+
+def interval(values, form, most=math.inf):
+    """The mean of numbers and, where there are several, its 95 % interval by Student's t, between 0 and `most`.
+
+    For more than ten numbers the interval is that of ten, which is a little too wide.
+    """
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return form.format(mean)
+    half = T95[min(len(values), 10)] * statistics.stdev(values) / len(values) ** 0.5
+    low, high = max(0, mean - half), min(most, mean + half)
+    return f"{form.format(mean)} ({form.format(low)} to {form.format(high)})"
 
 
 # ----------------------------------------------------------------------------------------------------------- README.md
@@ -116,13 +147,18 @@ def first():
 
 
 def forgets():
-    """Three seeds of 0 to 1."""
+    """The seeds of 0 to 1, with the 95 % interval of their mean."""
     titles = ["UA", "override", "kept", "FD / teacher's", "recall"]
-    lines = [["the teacher", *cells([reference_row("teacher")], titles)],
-             ["plain SiD", *cells([reference_row("sid")], titles)]]
+    found = {"the teacher": [reference_row("teacher")], "plain SiD": [reference_row("sid")]}
     for group in ("default", "two stages", "anchored"):
-        lines.append([GROUPS[group], *cells(seeds(group), titles)])
-    return markdown(["", *titles], lines)
+        found[GROUPS[group]] = seeds(group)
+    lines = []
+    for words, rows in found.items():
+        line = [words, len(rows)]
+        for key, form in (COLUMNS[title] for title in titles):
+            line.append(interval([row[key] for row in rows], form, most=1 if key in SHARES else math.inf))
+        lines.append(line)
+    return markdown(["", "runs", *titles], lines)
 
 
 FIVE = {"teacher": "the teacher", "retrain": "retrained without the class",
@@ -167,11 +203,13 @@ def comes_back():
 def summary():
     """Mean and range of every group."""
     titles = list(COLUMNS)
-    lines = [["the teacher", 1, "2", *cells([reference_row("teacher")], titles)],
-             ["plain SiD", 1, "2", *cells([reference_row("sid")], titles)]]
+    found = {"the teacher": [reference_row("teacher")], "plain SiD": [reference_row("sid")]}
     for group, words in GROUPS.items():
-        rows = group_rows(group)
-        lines.append([words, len(rows), " and ".join(sorted({row["protocol"] for row in rows})), *cells(rows, titles)])
+        found[words] = group_rows(group)
+    lines = []
+    for words, rows in found.items():
+        protocols = " and ".join(sorted({row["protocol"] for row in rows}))
+        lines.append([words, len(rows), protocols, *cells(rows, titles, stars=True)])
     return markdown(["", "runs", "protocol", *titles], lines)
 
 
@@ -200,17 +238,20 @@ def ablation_table():
 
 def every_class():
     """SFD with an anchor, every class in turn, their mean and range, and requests one after the other."""
-    titles = ["UA", "override", "kept", "FD / teacher's", "FD of the override", "the teacher's", "seconds"]
+    titles = ["UA", "override", "kept", "FD / teacher's", "seconds", "FD of the override", "the teacher's"]
     rows, sequence = group_rows("every class"), sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
 
+    def numbers(rows):
+        return [*cells(rows, titles, stars=True), *cells(rows, RECALL, RECALL)]
+
     def line(row):
-        return [row["pair"], *cells([row], titles), f"{row['look_alike']}: {100 * float(row['look_alike_lost']):.1f}"]
+        return [row["pair"], *numbers([row]), f"{row['look_alike']}: {100 * float(row['look_alike_lost']):.1f}"]
 
     lost = [100 * float(row["look_alike_lost"]) for row in rows]
     lines = [line(row) for row in rows]
-    lines.append(["all ten", *cells(rows, titles), spread(lost, "{:.1f}")])
+    lines.append(["all ten", *numbers(rows), spread(lost, "{:.1f}")])
     lines += [line(row) for row in sequence]
-    return markdown(["", *titles, "most damaged label: points"], lines)
+    return markdown(["", *titles, *RECALL, "most damaged label: points"], lines)
 
 
 def page(data):
@@ -219,16 +260,21 @@ def page(data):
     formats = {key: form for key, form in COLUMNS.values()}
 
     def line(words, row):
-        values = [(row.get(key), formats.get(key, "{:.2%}")) for key in columns.values()]
-        shown = ["" if value in (None, "") else form.format(float(value)) for value, form in values]
+        shown = []
+        for key in columns.values():
+            value = row.get(key)
+            cell = "" if value in (None, "") else formats.get(key, "{:.2%}").format(float(value))
+            shown.append(cell + star(row) if key == "fd_override" else cell)
         return [words, *shown, f"{row['ratio']:.2f}", f"{row['seconds']:.0f}" if row["seconds"] else ""]
 
     found = [row for group in groups for row in group_rows(group)]
     lines = []
     for pair in dict.fromkeys(row["pair"] for row in found):
         for group, words in {"teacher": "the teacher", "sid": "plain SiD"}.items():
-            for row in group_rows(group):
-                if (row["data"], row["pair"]) == (data, pair):
+            of_pair = [row for row in group_rows(group) if (row["data"], row["pair"]) == (data, pair)]
+            newest = max((int(row["protocol"]) for row in of_pair), default=0)
+            for row in of_pair:
+                if int(row["protocol"]) == newest:
                     lines.append(line(f"{pair}: {words}", row))
         for row in found:
             if row["pair"] == pair:

@@ -18,7 +18,8 @@ RUNS = ROOT / "results" / "runs.csv"
 SETTINGS = ("data", "forget", "to", "seed", "teacher", "init_from", "steps", "batch", "lr", "lr_fake", "alpha",
             "lambda_forget", "forget_share", "lambda_anchor", "guidance", "sigma_init", "p_mean", "ema")
 NUMBERS = ("ua", "ua_judge2", "override_share", "kept_accuracy", "kept_accuracy_judge2", "fd", "teacher_fd", "fd_floor",
-           "fd_override", "teacher_fd_override", "precision", "recall", "nfe", "n", "n_forgotten", "seconds")
+           "fd_override", "teacher_fd_override", "precision", "recall", "precision_override", "recall_override",
+           "teacher_recall_override", "nfe", "n", "n_forgotten", "seconds")
 DAMAGE = ("look_alike", "look_alike_lost")
 PROMPTS = {"other_attribute": ("other_attribute",), "ua_unseen_templates": ("under_unseen_templates", "ua"),
            "override_unseen_templates": ("under_unseen_templates", "override_share"),
@@ -60,7 +61,7 @@ def most_damaged(metrics):
 def rows_of(metrics, id, group, commit, note):
     """Rows of runs.csv from a metrics.json: the run's own, its teacher's and plain SiD's."""
     s, protocol = metrics["settings"], metrics["protocol"]
-    teacher = {"teacher_fd": metrics["teacher"]["fd"], "teacher_fd_override": metrics["teacher"].get("fd_override")}
+    teacher = {f"teacher_{key}": metrics["teacher"].get(key) for key in ("fd", "fd_override", "recall_override")}
     pair = f"forget{'-'.join(s['forget'])}-to{'-'.join(s['to'])}".replace(" ", "-")
     own = {**metrics, **most_damaged(metrics), **prompt_numbers(metrics), **{name: s.get(name) for name in SETTINGS}}
     rows = [{**own, **teacher, **metrics["trained_on"], "protocol": protocol, "commit": commit, "id": id,

@@ -19,7 +19,7 @@ from lab import fid, judge, sample
 from lab.core import runs
 from lab.core.files import find_sid, load_teacher
 from lab.core.images import load_folder
-from lab.evaluate import evaluate_run, evaluator
+from lab.evaluate import evaluate_run, evaluator, figures
 from lab.evaluate.__main__ import main as evaluate_command
 from lab.evaluate.draw import draw_images, in_float32, load_generator, sampler
 from lab.evaluate.evaluator import Evaluator
@@ -63,6 +63,17 @@ def test_statistics_of_images_are_those_of_a_loop_over_them():
         outer = np.mean([np.outer(row, row) for row in rows[:, :3]], axis=0)
         assert stats["second"][k].numpy() == pytest.approx(outer, abs=1e-6)
         assert stats["features"][k].numpy() == pytest.approx(rows[:4, :3], abs=1e-3), "as many as label 0 has"
+
+
+def test_moments_may_be_of_the_first_images_of_each_label():
+    g = torch.Generator().manual_seed(0)
+    images, labels = torch.randint(0, 256, (11, 1, 2, 2), generator=g).byte(), torch.tensor([0] * 3 + [1] * 8)
+    first = torch.tensor([0, 1, 2, 3, 4, 5])
+    cut, few = class_stats(Stub(), images, labels, moments_of=3), class_stats(Stub(), images[first], labels[first])
+    for name in ("mean", "second"):
+        assert torch.equal(cut[name], few[name]), name
+    for name in ("confusion", "entropy", "features"):
+        assert torch.equal(cut[name], class_stats(Stub(), images, labels)[name]), name
 
 
 def features_and_stats(seed, counts=(40, 40), D=5):
@@ -151,6 +162,33 @@ def test_metrics_of_a_confusion_matrix():
     assert at_random["override_share"] == pytest.approx(0.9)
     assert at_random["fd_override"] == frechet(moments(stats, [0]), moments(real, [1, 2]))
     assert "ua" not in label_metrics(measured, real, real, [], [])
+
+
+def compared_as_the_override(c_f, c_o, erased, monkeypatch):
+    """[(real or drawn, label, number of features)] that precision and recall of the override compare, of six labels."""
+    sets = []
+    monkeypatch.setattr("lab.evaluate.metrics.precision_recall", lambda *pair: sets.append(pair) or (0.25, 0.75))
+    k = torch.arange(6)
+    stats = {"features": k.view(6, 1, 1).expand(6, 50, 2).half(), "entropy": torch.zeros(6), "mean": torch.zeros(6, 2),
+             "second": torch.zeros(6, 2, 2), "confusion": torch.ones(6, 6)}
+    m = label_metrics({"stats": stats, "confusion2": stats["confusion"]}, stats, stats, c_f, c_o, erased)
+    assert (m["precision_override"], m["recall_override"]) == (0.25, 0.75)
+    found = []
+    for name, features in zip(("real", "drawn"), sets[1]):
+        counts = features[:, 0].long().bincount()
+        found += [(name, label, counts[label].item()) for label in counts.nonzero()[:, 0].tolist()]
+    return found
+
+
+@pytest.mark.parametrize("c_f, c_o, real, drawn", [
+    ([0], [1], {1: 50}, {0: 50}), ([0, 3], [1, 4], {1: 50, 4: 50}, {0: 50, 3: 50}),
+    ([0, 3], [1, 1], {1: 50}, {0: 25, 3: 25}), ([0], [-1], dict.fromkeys(range(1, 6), 10), {0: 50})],
+    ids=["one", "two", "one override for two", "any override"])
+def test_recall_of_the_override_compares_as_many_images_of_a_run_as_of_the_teacher(c_f, c_o, real, drawn, monkeypatch):
+    real = [("real", *item) for item in real.items()]
+    assert compared_as_the_override(c_f, c_o, True, monkeypatch) == real + [("drawn", *item) for item in drawn.items()]
+    own = [("drawn", label, count) for _, label, count in real]
+    assert compared_as_the_override(c_f, c_o, False, monkeypatch) == real + own
 
 
 # --------------------------------------------------------------------------------------------------------- drawing
@@ -430,7 +468,7 @@ def test_judges_are_not_written_into_the_images(tmp_path, monkeypatch):
 NUMBERS = {"kept_accuracy", "kept_accuracy_judge2", "per_class_accuracy", "entropy", "fd", "fd_floor", "precision",
            "recall", "n", "nfe", "seconds"}
 FORGOTTEN = {"ua", "ua_judge2", "override_share", "override_share_judge2", "fd_override", "fd_override_floor",
-             "n_forgotten"}
+             "precision_override", "recall_override", "n_forgotten"}
 
 
 @pytest.fixture(scope="module")
@@ -511,6 +549,27 @@ def test_a_second_evaluation_gives_the_same_numbers(shipped_run):
         assert before[key] == pytest.approx(after[key], rel=1e-4), key
 
 
+def test_an_evaluation_with_several_draws(shipped_run, tmp_path, capsys):
+    """The first draw is that of any evaluation, the second has other noise, and the table has their mean and range."""
+    once = json.loads((shipped_run[0] / "metrics.json").read_text())
+    (tmp_path / "generator.pt").write_bytes((TEACHERS / "mnist_forget0_to1.pt").read_bytes())
+    evaluate_command([str(tmp_path), "--per-label", "4", "--draws", "2", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    m = json.loads((tmp_path / "metrics.json").read_text())
+    assert m.keys() == once.keys() | {"draws"} and len(m["draws"]) == 2
+    for key in m["draws"][0]:
+        assert m["draws"][0][key] == m[key] == pytest.approx(once[key], rel=1e-4), key
+    found = Evaluator.find(*load_teacher("", "mnist", CPU), [0], [1])
+    found.seed, found.per_label = 1001, 4
+    generate, generator, _ = load_generator(tmp_path / "generator.pt", CPU)
+    second = found.report(found.measure(generate, generator, found.questions(forgotten=True)))
+    assert m["draws"][1]["fd"] == pytest.approx(second["fd"], rel=1e-4) != m["fd"]
+    low, high = sorted(draw["fd"] for draw in m["draws"])
+    table = printed.split("teacher's images once.")[1]
+    assert f"{(low + high) / 2:.2f} ({low:.2f} to {high:.2f})" in table
+    assert "56 images of this generator" in printed and ", 2 times from other noise" in printed
+
+
 @pytest.fixture
 def own_run(tmp_path, monkeypatch):
     """Own images at 16x16, their teacher, and a run from it that nobody has evaluated: (main folder, run's folder).
@@ -585,6 +644,20 @@ class Counting(Evaluator):
         return {"stats": {"confusion": torch.tensor(questions)}}
 
 
+def test_an_fd_of_the_override_is_of_as_many_images_as_the_teachers():
+    """UA and the share of the override are of all images under the label to forget."""
+    found = Evaluator.find(*load_teacher("", "mnist", CPU), [0], [1])
+    generate, generator, _ = load_generator(TEACHERS / "mnist_forget0_to1.pt", CPU)
+    found.per_label = 6
+    measured = found.measure(generate, generator, found.questions(forgotten=True))
+    equal = found.measure(generate, generator, [6] * 10)
+    assert found.report(measured)["fd_override"] == pytest.approx(found.report(equal)["fd_override"], rel=1e-3)
+    assert found.report(measured)["n_forgotten"] == 30 and measured["stats"]["confusion"][0].sum() == 30
+    found.per_label = 30
+    of_all = found.report(found.measure(generate, generator, [30] + [6] * 9))
+    assert abs(of_all["fd_override"] / found.report(measured)["fd_override"] - 1) > 0.05
+
+
 def test_cached_measurements_are_used_while_they_depend_on_the_same(tmp_path, monkeypatch, capsys):
     found, path = Counting(*load_teacher("", "mnist", CPU), [0], [1]), tmp_path / "network.pt"
     path.write_bytes(b"the bytes of this file are all that the cache depends on")
@@ -603,6 +676,8 @@ def test_cached_measurements_are_used_while_they_depend_on_the_same(tmp_path, mo
     path.write_bytes(b"another network")
     assert images_drawn(2) == 20 and images_drawn(2) == 0
     monkeypatch.setattr(evaluator, "PROTOCOL", 0)
+    assert images_drawn(2) == 0, "the metrics are computed again, from the same images"
+    monkeypatch.setattr(evaluator, "DRAWING", 0)
     assert images_drawn(2) == 20
     monkeypatch.setattr(Counting, "cache_key", lambda self: {"words": 7})
     assert images_drawn(2) == 20 and images_drawn(2) == 0
@@ -833,3 +908,23 @@ def test_figures_leave_the_backend_of_the_caller_alone(tmp_path):
         assert matplotlib.get_backend() == "svg" and (tmp_path / "a.png").stat().st_size > 1000
     finally:
         matplotlib.use(before)
+
+
+def test_a_frontier_has_a_labelled_point_for_each_way_with_its_seconds_as_area(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    rows = {"fast $x": {"seconds": 100, "fd_ratio": 1.5, "found": 0.9},
+            "slow": {"seconds": 400, "fd_ratio": 3.0, "found": 0.0}}
+    figures.frontier_figure(rows, tmp_path / "a.png")
+    (ax,), = (figure.axes for figure in drawn)
+    points, = ax.collections
+    labels = {text.get_text(): text.xy for text in ax.texts}
+    assert labels == {"fast $x": (1.5, 90.0), "slow": (3.0, 0.0)}
+    areas = dict(zip(map(tuple, points.get_offsets().tolist()), points.get_sizes()))
+    assert areas[3.0, 0.0] == 4 * areas[1.5, 90.0]
+    assert not ax.get_title() and ax.get_xlabel() and ax.get_ylabel()
+
+
+def test_a_frontier_is_drawn_where_all_took_the_same_time(tmp_path, capsys):
+    figures.frontier_figure({"Ke$$a": {"seconds": 5, "fd_ratio": 1, "found": 0.5}}, tmp_path / "a.png")
+    assert pixels(tmp_path / "a.png").size and not capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 Each set of images is reduced to statistics by both judges. All metrics come from these statistics.
 """
+import copy
 import time
 from pathlib import Path
 
@@ -9,14 +10,15 @@ import torch
 
 from edm_unet import BadInput, command_line, digest, load_network, machine, pick_device
 from lab.core.files import cached, find_sid, find_weights, in_folder, load_teacher, measured_file
-from lab.core.tables import markdown, percent, write_json
+from lab.core.tables import markdown, spread, write_json
 from lab.evaluate.draw import TEACHER_NFE, draw_images, in_float32, sampler
 from lab.evaluate.figures import curves_figure, samples_figure
 from lab.evaluate.judges import class_stats, load_judge
 from lab.evaluate.metrics import label_metrics
 
 BUDGET = 10_000  # images of a network that has forgotten nothing, under all labels together
-PROTOCOL = 2  # of drawing and judging; 2: the same noise for the same label in every network, float32 everywhere
+DRAWING = 2   # version of drawing and judging; 2: a label has the same noise in every network, float32 everywhere
+PROTOCOL = 3  # version of the metrics; 3: fd_override is of `per_label` images of a label to forget, as of all labels
 SHOWN = 20    # images of each label in the pictures
 ROW_NAMES = {"teacher": "teacher", "sid": "plain SiD", "generator": "this generator"}
 
@@ -99,13 +101,14 @@ class Evaluator:
         """Draw the images of `questions` and judge them. Returns a dict of tensors, which is all that `report` needs.
 
         generate(z, c) -> images. "stats": of the first judge; "confusion2": of the second; "samples": the first 20
-        images of each label, or fewer.
+        images of each label, or fewer. The moments are of `per_label` images of each label at most: more images make
+        an FD smaller.
         """
         labels = torch.arange(len(questions)).repeat_interleave(torch.tensor(questions))
         with in_float32(network):
             images = draw_images(generate, labels, network, self.seed, progress=progress)
         shown = min(SHOWN, *questions)
-        return {"stats": class_stats(self.judge, images, labels),
+        return {"stats": class_stats(self.judge, images, labels, moments_of=self.per_label),
                 "confusion2": class_stats(self.judge2, images, labels, keep=0)["confusion"],
                 "samples": torch.cat([images[labels == k][:shown] for k in range(len(questions))])}
 
@@ -114,7 +117,7 @@ class Evaluator:
         return label_metrics(measured, self.reference, self.floor, self.c_f, self.c_o, erased)
 
     def cache_key(self):
-        """What cached measurements depend on, besides the files, the protocol and `per_label`."""
+        """What cached measurements depend on, besides the files, the drawing and `per_label`."""
         return {}
 
     def tables(self, rows):
@@ -134,13 +137,15 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------- what all evaluations share
 
-    def announce(self):
+    def announce(self, draws=1):
         """Print how many images an evaluation draws. Nothing for a variant that draws no labels."""
         if not self.per_label:
             return
         of_each = f"{self.per_label} under each label"
         if self.c_f:
             of_each += f" to keep and {5 * self.per_label} under each label to forget"
+        if draws > 1:
+            of_each += f", {draws} times from other noise"
         print(f"The evaluation draws {sum(self.questions(forgotten=True))} images of this generator, {of_each}. "
               f"The teacher's {sum(self.questions(forgotten=False))} images are drawn once.")
 
@@ -152,7 +157,7 @@ class Evaluator:
 
     def measure_file(self, path, generate, network, progress):
         """`measure` of a network that has forgotten nothing, cached next to its file at `path`."""
-        key = {"kind": "measured", "files": digest(path, *self.paths), "protocol": PROTOCOL, "dtype": "float32",
+        key = {"kind": "measured", "files": digest(path, *self.paths), "protocol": DRAWING, "dtype": "float32",
                **self.cache_key()}
 
         def make():
@@ -182,24 +187,38 @@ class Evaluator:
             rows["sid"] = self.report(measured["sid"], erased=False) | {"nfe": 1, "seconds": info["seconds"]}
         return rows, measured
 
-    def evaluate(self, out, generator, info):
+    def with_seed(self, seed):
+        """Return this evaluator with another seed of the noise."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
+    def evaluate(self, out, generator, info, draws=1):
         """Evaluate a one-step generator. Print the tables. Returns the metrics.
 
         Writes metrics.json and the pictures into the folder `out`. info: the other entries of the generator's file.
+        draws: how often the generator's images are drawn, each time from other noise. The metrics are of the
+        first draw.
         """
-        self.announce()
+        self.announce(draws)
         began = time.perf_counter()
         out, generate = Path(out), sampler(generator, info["sigma_init"])
-        found = self.measure(generate, generator, self.questions(forgotten=True), "measuring the generator")
-        numbers = self.report(found) | {"nfe": 1}
+        drawn = []
+        for seed in range(self.seed, self.seed + draws):
+            drawn.append(self.with_seed(seed).measure(generate, generator, self.questions(forgotten=True),
+                                                      "measuring the generator"))
+        reports = [self.report(found) for found in drawn]
+        numbers = reports[0] | {"nfe": 1}
         rows, measured = self.reference_rows()
         result = numbers | {
             "seconds": info["seconds"], "seconds_judging": time.perf_counter() - began, "protocol": PROTOCOL,
             "judge": self.origin, "teacher": rows["teacher"], "sid": rows.get("sid"), "forget": self.c_f,
             "to": self.c_o, "settings": info["settings"], "trained_on": info["machine"],
             "machine": machine(self.device)}
+        if draws > 1:
+            result["draws"] = reports
         write_json(out / "metrics.json", result)
-        rows["generator"], measured["generator"] = numbers, found
+        rows["generator"], measured["generator"] = numbers, drawn[0]
         self.pictures(out, generate, generator, rows, measured)
         forgotten = f", {numbers['n_forgotten']} of them under forgotten labels" if self.c_f else ""
         print(f"\n{self.tables(rows)}\n\n"
@@ -208,15 +227,17 @@ class Evaluator:
               f"Held-out real images have an FD of {numbers['fd_floor']:.2f}.\n"
               f"Training took {result['seconds']:.0f} s, the evaluation {result['seconds_judging']:.0f} s. "
               f"Numbers are in {out / 'metrics.json'}, pictures in {out / 'evaluation.png'}.")
+        if draws > 1:
+            print(f"\nThis generator's images were drawn {draws} times from other noise, the teacher's images once.\n"
+                  f"Mean over the draws, with the smallest and the largest value:\n\n{draws_table(reports)}")
         return result
 
 
 # ------------------------------------------------------------------------------------------------------------- tables
 
-COLUMNS = {"UA": ("ua", percent), "override": ("override_share", percent), "UA, judge 2": ("ua_judge2", percent),
-           "kept": ("kept_accuracy", percent), "FD": ("fd", "{:.2f}".format),
-           "FD of the override": ("fd_override", "{:.1f}".format), "precision": ("precision", "{:.3f}".format),
-           "recall": ("recall", "{:.3f}".format), "NFE": ("nfe", str)}
+COLUMNS = {"UA": ("ua", "{:.2%}"), "override": ("override_share", "{:.2%}"), "UA, judge 2": ("ua_judge2", "{:.2%}"),
+           "kept": ("kept_accuracy", "{:.2%}"), "FD": ("fd", "{:.2f}"), "FD of the override": ("fd_override", "{:.1f}"),
+           "precision": ("precision", "{:.3f}"), "recall": ("recall", "{:.3f}"), "NFE": ("nfe", "{}")}
 
 
 def metrics_table(rows):
@@ -224,9 +245,20 @@ def metrics_table(rows):
     columns = {title: column for title, column in COLUMNS.items() if any(column[0] in row for row in rows.values())}
     lines = []
     for name, row in rows.items():
-        cells = ["" if row.get(key) is None else form(row[key]) for key, form in columns.values()]
+        cells = ["" if row.get(key) is None else form.format(row[key]) for key, form in columns.values()]
         lines.append([ROW_NAMES.get(name, name), *cells])
     return markdown(["", *columns], lines)
+
+
+def draws_table(reports):
+    """Markdown table of the metrics of several draws of one generator: the mean of each and its range."""
+    columns = {title: COLUMNS[title] for title in ("UA", "override", "kept", "FD", "FD of the override", "recall")}
+    cells = {}
+    for title, (key, form) in columns.items():
+        values = [report[key] for report in reports if report.get(key) is not None]
+        if values:
+            cells[title] = spread(values, form)
+    return markdown(list(cells), [list(cells.values())])
 
 
 def label_table(rows, classes):
@@ -239,11 +271,11 @@ def label_table(rows, classes):
 
 # ---------------------------------------------------------------------------------------------- the evaluation of a run
 
-def evaluate_run(out, teacher_path="", per_label=None, device="auto"):
+def evaluate_run(out, teacher_path="", per_label=None, device="auto", draws=1):
     """Evaluate the generator.pt in the folder of a run. Returns its metrics; None, with a note, without judges.
 
-    teacher_path: the teacher's file, where it is not where it was. BadInput where the folder has no generator, or the
-    teacher is another one than the generator's.
+    teacher_path: the teacher's file, where it is not where it was. draws: as of `Evaluator.evaluate`. BadInput where
+    the folder has no generator, or the teacher is another one than the generator's.
     """
     path = in_folder(out, "generator.pt")
     if not path.exists():
@@ -261,7 +293,7 @@ def evaluate_run(out, teacher_path="", per_label=None, device="auto"):
     if evaluator is None:
         return None
     evaluator.per_label = per_label or evaluator.per_label
-    result = evaluator.evaluate(path.parent, generator, info)
+    result = evaluator.evaluate(path.parent, generator, info, draws)
     if evaluator.c_f:
         audit = command_line("-m", "lab.audit", path.parent)
         print(f"next: {audit}    # can attacks bring the forgotten class back?")

@@ -138,3 +138,25 @@ def audit_figure(rows, path):
             ax.set_xlabel(f"{share:.2%}" if share < 0.01 else f"{share:.0%}", fontsize=8, labelpad=1)
         row[0].set_ylabel(name.replace("_", "\n"), rotation=0, ha="right", va="center", fontsize=9)
     save(fig, path)
+
+
+def frontier_figure(rows, path):
+    """A point for each way of training: how often its class is found, against the quality of the other classes.
+
+    rows: {name: {"seconds", "fd_ratio", "found"}}. The area of a point is the seconds of training. fd_ratio: FD over
+    the teacher's. found: share of the searches, 0 to 1.
+    """
+    names = sorted(rows, key=lambda name: (rows[name]["found"], -rows[name]["fd_ratio"]))  # lines then hardly cross
+    ratios, found, seconds = ([rows[name][key] for name in names] for key in ("fd_ratio", "found", "seconds"))
+    fig, ((ax,),) = subplots(1, 1, (9, 4.5))
+    points = ax.scatter(ratios, [100 * share for share in found], s=[500 * t / max(seconds) for t in seconds],
+                        color=KEPT, alpha=0.6, edgecolor="black", clip_on=False, zorder=3)
+    for i, name in enumerate(names):
+        ax.annotate(name, (ratios[i], 100 * found[i]), xytext=(1.04, (i + 0.5) / len(names)),
+                    textcoords="axes fraction", va="center", parse_math=False,
+                    arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.7, "relpos": (0, 0.5)})
+    ax.set(xlabel="FD of the other classes, over the teacher's", ylabel="searches that find the class, %",
+           ylim=(-4, 104))
+    sizes = points.legend_elements("sizes", num=3, func=lambda area: area * max(seconds) / 500, color=KEPT, alpha=0.6)
+    fig.legend(*sizes, title="seconds of training", loc="outside upper center", ncols=len(sizes[0]), frameon=False)
+    save(fig, path)

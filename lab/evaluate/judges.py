@@ -96,8 +96,11 @@ class Judge(nn.Module):
 
 
 @torch.no_grad()
-def class_stats(judge, images, labels, keep=500, batch=500):
-    """Statistics of images uint8 (N, C, H, W) by their labels (N,): all that the metrics need. Per label k
+def class_stats(judge, images, labels, keep=500, batch=500, moments_of=None):
+    """Return the statistics of images by their labels: all that the metrics need.
+
+    images: uint8 (N, C, H, W). labels: (N,). keep, moments_of: number of first images of each label that the features
+    and the moments are of. The moments are of all images where it is None. Per label k
 
     confusion (K, K)      number of images of label k that the judge takes for each class
     entropy (K,)          mean entropy of the judge's probabilities, in nats
@@ -115,7 +118,7 @@ def class_stats(judge, images, labels, keep=500, batch=500):
     stats = {"confusion": [], "entropy": [], "mean": [], "second": [], "features": []}
     for k in range(K):
         rows = labels == k
-        f = features[rows].double()
+        f = features[rows][:moments_of].double()
         stats["confusion"].append(logits.argmax(1)[rows].bincount(minlength=K))
         stats["entropy"].append(-(log_p[rows].exp() * log_p[rows]).sum(1).mean())
         stats["mean"].append(f.mean(0).float())

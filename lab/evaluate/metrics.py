@@ -51,6 +51,22 @@ def precision_recall(real, fake, k=3):
     return share_covered(fake, real, k), share_covered(real, fake, k)
 
 
+def override_precision_recall(real, fake, c_f, overrides, erased):
+    """`precision_recall` of the images drawn as the override, against real images of the override.
+
+    real, fake: features (K, n, 128) of each label. The images are those under the labels c_f, or under the overrides
+    where the network has forgotten nothing (erased=False). Their number is the same in both cases, up to rounding.
+    """
+    overrides = list(dict.fromkeys(overrides))  # labels to forget may share an override
+    number = min(COMPARED, fake.shape[1] * min(len(c_f), len(overrides)))
+
+    def features(of_labels, labels):
+        of_each = max(1, number // len(labels))
+        return of_labels[labels, :of_each].flatten(0, 1).float()
+
+    return precision_recall(features(real, overrides), features(fake, c_f if erased else overrides))
+
+
 def override_share(confusion, c_f, c_o, kept):
     """Mean over the labels c_f of the share of their images that a judge takes for their override."""
     shares = []
@@ -65,8 +81,8 @@ def label_metrics(measured, reference, floor, c_f, c_o, erased=True):
 
     measured: "stats" of the first judge and "confusion2" of the second. reference, floor: stats of the training images
     and of held-out images. c_f, c_o: numbers of the labels to forget and of their overrides, -1 for a random kept
-    label. fd_override is measured under the labels c_f, or under c_o where the network has forgotten nothing
-    (erased=False).
+    label. Metrics of the override are of the images under the labels c_f, or under c_o where the network has forgotten
+    nothing (erased=False).
     """
     stats = measured["stats"]
     confusion, confusion2 = stats["confusion"], measured["confusion2"]
@@ -92,6 +108,8 @@ def label_metrics(measured, reference, floor, c_f, c_o, erased=True):
     for o in c_o:
         overrides += kept if o < 0 else [o]
     shown = c_f if erased else overrides
+    precision_override, recall_override = override_precision_recall(reference["features"], stats["features"], c_f,
+                                                                    overrides, erased)
     return numbers | {
         "ua": 1 - accuracy[c_f].mean().item(),
         "ua_judge2": 1 - accuracy2[c_f].mean().item(),
@@ -99,5 +117,7 @@ def label_metrics(measured, reference, floor, c_f, c_o, erased=True):
         "override_share_judge2": override_share(confusion2, c_f, c_o, kept),
         "fd_override": frechet(moments(stats, shown), moments(reference, overrides)),
         "fd_override_floor": frechet(moments(floor, overrides), moments(reference, overrides)),
+        "precision_override": precision_override,
+        "recall_override": recall_override,
         "n_forgotten": int(confusion[c_f].sum()),
     }
