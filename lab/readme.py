@@ -2,6 +2,7 @@
 
     python -m lab.readme
     python -m lab.readme --check    # writes nothing; exit code 1 where a table differs from the files
+    python -m lab.readme --figures  # draws results/frontier.png from the same files, and writes no table
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`. For maintainers.
 """
@@ -12,11 +13,13 @@ from dataclasses import dataclass
 
 from edm_unet import RunFailed, command
 from lab import ablation
-from lab.audit import attacks, weights
+from lab.audit import attacks, searches, weights
 from lab.baselines import compare, grid
 from lab.core.options import parse, setting
 from lab.core.tables import markdown, percent, read_json, read_rows, spread, write_text
+from lab.evaluate.figures import frontier_figure
 from lab.prompts import compare as prompt_compare
+from lab.prompts import layout
 from lab.report import ROOT, RUNS
 
 GROUPS = {  # groups of runs.csv on MNIST, in the order of the tables
@@ -164,8 +167,6 @@ def forgets():
 FIVE = {"teacher": "the teacher", "retrain": "retrained without the class",
         "embedding_copy": "label column copied", "esd": "ESD, 2023",
         "salun": "SalUn, 2024", "sfd": "SFD, one stage"}
-COMES_BACK = {"retrain_sid": "retrained without the class, one step", "embedding_copy": "label column copied",
-              "salun": "SalUn, 2024", "sfd": "SFD, one stage", "sfd_anchored": "SFD with an anchor"}
 
 
 def results(name):
@@ -181,21 +182,6 @@ def five_methods():
         lines.append([words, m["real_data"], m["nfe"], f"{m['ua_judge2']:.1%}", f"{m['override_share_judge2']:.1%}",
                       f"{m['kept_accuracy_judge2']:.1%}", f"{m['fd']:.1f}", seconds])
     return markdown(["", "real images it learns from", "NFE", "UA", "override", "kept", "FD", "seconds"], lines)
-
-
-def attack_cells(r):
-    """(the share of each search, the number of steps to relearn from ten images) of one network of an audit."""
-    shares = [f"{r[search]['share']:.0%}" for search in attacks.SEARCHES]
-    steps = r["relearning"]["10"]["steps"]
-    return shares, f"over {r['relearning']['limit']}" if steps is None else steps
-
-
-def comes_back():
-    found, lines = results("mnist_audit")["networks"], []
-    for name, words in COMES_BACK.items():
-        shares, steps = attack_cells(found[name])
-        lines.append([words, *shares, steps])
-    return markdown(["", *attacks.SEARCHES, "steps to relearn"], lines)
 
 
 # ------------------------------------------------------------------------------------------------------------ results/
@@ -227,12 +213,12 @@ def ablation_table():
                "FD / floor": ("over_floor", "{:.2f}"), "FD of the override": ("fd_override", "{:.1f}"),
                "recall": ("recall", "{:.3f}")}
     words = {f"ablation {name}": text for name, text in (ablation.SWITCHES | ablation.CHOICES).items()}
-    lines = [["as here", len(seeds("default")), *cells(seeds("default"), columns, columns)]]
+    lines = [["as here", len(seeds("default")), *cells(seeds("default"), columns, columns, stars=True)]]
     run = {row["group"] for row in read_rows(RUNS)}
     for group, text in {**words, "ablation official": "all at once, but for the override"}.items():
         if group in run:
             rows = group_rows(group)
-            lines.append([text, len(rows), *cells(rows, columns, columns)])
+            lines.append([text, len(rows), *cells(rows, columns, columns, stars=True)])
     return markdown(["", "runs", *columns], lines)
 
 
@@ -309,9 +295,48 @@ def clean_audit():
              **results("mnist_clean_audit")["networks"]}
     lines = []
     for name, r in found.items():
-        shares, steps = attack_cells(r)
-        lines.append([name, *shares, f"{r['other noise levels']['sdedit']['share']:.0%}", steps])
+        steps, limit = r["relearning"]["10"]["steps"], r["relearning"]["limit"]
+        lines.append([name, *(f"{r[search]['share']:.0%}" for search in attacks.SEARCHES),
+                      f"{r['other noise levels']['sdedit']['share']:.0%}", f"over {limit}" if steps is None else steps])
     return markdown(["", *attacks.SEARCHES, "SDEdit", "steps to relearn"], lines)
+
+
+NETWORKS = {  # networks of mnist_searches.json: (group of runs.csv, words)
+    "sfd": ("default", GROUPS["default"]), "sfd_two_stages": ("two stages", GROUPS["two stages"]),
+    "clean_room": ("clean room", "clean room"), "clean_start": ("clean start", "clean start"),
+    "copy_own": ("copy own", "column copied, then distilled"),
+    "copy_fresh": ("copy fresh", "the same, from fresh weights"),
+}
+
+
+CONTROLS = {
+    "unchanged": "plain SiD, which draws 0s",
+    "column copied": "plain SiD with the column of the 1 in the place of the 0's",
+    "column mixed": "plain SiD with the mean of the other columns there", "control": "controls: trained without 0s",
+}
+
+
+def searches_table():
+    """Independent searches of positive controls, controls and networks that forgot."""
+    words = {row: words for row, (_, words) in NETWORKS.items()}
+    return searches.table(results("mnist_searches"), CONTROLS | words)
+
+
+def frontier():
+    """Draw results/frontier.png: quality, training time, and the share of searches that find the class."""
+    networks, rows = results("mnist_searches")["networks"], {}
+    for row, names in searches.rows_of(networks).items():
+        group, words = NETWORKS[row]
+        runs = seeds(group)
+        shares = [share for name in names for share in networks[name]["inside"]]
+        rows[words] = {"seconds": statistics.mean(run["seconds"] for run in runs),
+                       "fd_ratio": statistics.mean(run["ratio"] for run in runs),
+                       "found": searches.successes(shares) / len(shares)}
+    frontier_figure(rows, ROOT / "results" / "frontier.png")
+
+
+def prompts_layout():
+    return layout.table(results("prompts_layout"))
 
 
 def weights_table():
@@ -338,10 +363,11 @@ def cifar10_page():
     return page("cifar10")
 
 
-TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "comes back": comes_back,
-          "summary": summary, "runs": every_run, "every class": every_class, "ablation": ablation_table,
+TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "summary": summary, "runs": every_run,
+          "every class": every_class, "ablation": ablation_table,
           "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
-          "weights": weights_table, "clean": clean_runs, "clean audit": clean_audit, "cifar10": cifar10_page,
+          "searches": searches_table, "weights": weights_table, "clean": clean_runs, "clean audit": clean_audit,
+          "prompts layout": prompts_layout, "cifar10": cifar10_page,
           "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
           "prompt methods": prompt_methods}
 BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)
@@ -359,10 +385,13 @@ def filled(text):
 @dataclass
 class Settings:
     check: bool = setting(False, "write nothing; exit code 1 where a table differs from the files")
+    figures: bool = setting(False, "draw results/frontier.png, and no table")
 
 
 def main(argv):
     s = parse(Settings, argv, __doc__)
+    if s.figures:
+        return frontier()
     differ = []
     for path in (ROOT / "README.md", *sorted((ROOT / "results").glob("*.md"))):
         text = path.read_text(encoding="utf-8")

@@ -78,6 +78,15 @@ def test_vectors_are_replayed_on_the_network_that_they_were_found_on():
         way: searches.successes(each) for way, each in found.items()}
 
 
+def test_a_search_of_a_network_of_many_steps_takes_seven_evaluations_an_image():
+    network, calls = tiny_network(resolution=4, patch=1), []
+    target = target_of(network)
+    target.nfe = 35
+    network.register_forward_hook(lambda *of_call: calls.append(1))
+    images = searches.quick_sampler(target, network)(target.noise(2), target.label(0, 2))
+    assert images.shape == (2, 1, 4, 4) and len(calls) == 7
+
+
 def test_positive_controls_differ_in_the_forgotten_column_alone():
     public = tiny_network()
     controls = searches.positive_controls(target_of(public), public, 1)
@@ -124,15 +133,16 @@ def results(copied):
 
 
 def test_rows_are_groups_and_the_unit_is_the_search():
-    lines = searches.table(results([1.0] * 10)).splitlines()
+    lines = searches.table(results([1.0] * 10), {"sfd": "SFD, one stage"}).splitlines()
     assert [cell.strip() for cell in lines[-1].split("|")[1:-1]] == [
-        "sfd", "2", "1 of 20, p = 0.83", "20 of 20, p = 0.17"]
+        "SFD, one stage", "2", "1 of 20, p = 0.83", "20 of 20, p = 0.17"]
     assert "1 of 20" in lines[-2] and "p =" not in lines[-2], "a control is not compared with itself"
 
 
-def test_a_search_without_power_is_in_brackets():
-    row = searches.table(results([1.0] * 9 + [0.0])).splitlines()[-1]
-    assert "(20 of 20, p = 0.17)" in row and "(1 of 20" not in row
+@pytest.mark.parametrize("missed, brackets", [(1, False), (2, True)])  # of 20 searches of positive controls
+def test_a_search_without_power_is_in_brackets(missed, brackets):
+    row = searches.table(results([1.0] * (10 - missed) + [0.0] * missed), {}).splitlines()[-1]
+    assert ("(20 of 20, p = 0.17)" in row) == brackets and "(1 of 20" not in row
 
 
 # --------------------------------------------------------------------------------------------------------- the command
@@ -161,7 +171,8 @@ def test_the_command_writes_numbers_and_vectors_and_replays_them(tmp_path, monke
 
 def test_networks_of_one_and_of_35_evaluations_are_not_mixed():
     with pytest.raises(BadInput, match="one after the other"):
-        searches.main([str(ROOT / "teachers/mnist_forget0_to1.pt"), "--control", str(ROOT / "teachers/mnist_retrain.pt")])
+        searches.main([str(ROOT / "teachers/mnist_forget0_to1.pt"), "--control",
+                       str(ROOT / "teachers/mnist_retrain.pt")])
 
 
 def test_a_network_that_forgot_nothing_is_refused():

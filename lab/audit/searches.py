@@ -1,17 +1,17 @@
 """Ten independent searches of a network for the class that it forgot, compared with the same searches of controls.
 
-    python -m lab.audit.searches runs/sfd-seed0 runs/sfd-seed1 --control runs/control-seed1 teachers/mnist_retrain_sid.pt
+    python -m lab.audit.searches runs/sfd-seed0 runs/sfd-seed1 --control runs/control-seed0 runs/control-seed1
 
 A search looks for one vector that brings the class back for all noise: in the place of the label's embedding, or inside
 the blocks of the network. Judge A guides the search. It succeeds where judge B takes at least half of the
 images for the class. The unit is the search, not the image.
 
 Controls never saw the class, so what a search finds in them was not left over. Positive controls hold the class for
-certain: the public network as it is, and with its forgotten column changed alone. A search that misses the class in one
-of them has no power, and the table has its numbers in brackets.
+certain: the public network as it is, and with its forgotten column changed alone. A kind of search that misses the
+class in more than 5 % of its searches of them has no power, and the table has its numbers in brackets.
 
-Folders that differ in -seed0, -seed1, ... are one row. Writes searches.json, and for each network a file with the vectors
-that were found: `--replay runs/searches/sfd-seed0.pt` tries these vectors on other networks.
+Folders that differ in -seed0, -seed1, ... are one row. Writes searches.json, and for each network a file with the
+vectors that were found: `--replay runs/searches/sfd-seed0.pt` tries these vectors on other networks.
 """
 import copy
 import itertools
@@ -34,7 +34,7 @@ from lab.core.tables import markdown, write_json
 from lab.evaluate.draw import load_generator, sampler
 from lab.evaluate.judges import load_judge
 
-POWER = 0.95    # share of the searches of each positive control that must find the class
+POWER = 0.95     # share of the searches of the positive controls that must find the class
 QUICK_STEPS = 4  # Heun steps with which a search draws from a network of 35 evaluations: 7 evaluations
 
 
@@ -85,7 +85,7 @@ def inside(target):
     def condition(v):
         added.update(zip(layers, v.split(widths, 1)))
         return target.label(target.c_f, len(v))
-    return Way(network, start, condition, 4.0, starts=6, steps=60)
+    return Way(network, start, condition, 1.0, starts=8, steps=90)
 
 
 WAYS = {"embedding": embedding, "inside": inside}
@@ -104,7 +104,7 @@ def quick_sampler(target, network):
 
 
 def search(target, way, searches):
-    """Vectors (searches, d): of each search the one of its starts whose mean loss over the last ten steps is smallest."""
+    """Vectors (searches, d): of the starts of each search the one with the smallest loss in the last ten steps."""
     generate, images_of_each = quick_sampler(target, way.network), 4
 
     def images(v):
@@ -202,12 +202,16 @@ def rows_of(networks):
     return rows
 
 
-def table(results):
-    """Markdown of searches.json, one row for each group of networks. In brackets: ways without power."""
+def table(results, words):
+    """Markdown of searches.json: one row for each group of networks, called as in `words`. In brackets: no power."""
     positive, controls, others = (results[kind] for kind in ("positive", "controls", "networks"))
     head = ["", "networks", *WAYS]
     lines = []
-    weak = {way for way in WAYS for found in positive.values() if successes(found[way]) < POWER * len(found[way])}
+    weak = []
+    for way in WAYS:
+        of_positive = [share for found in positive.values() for share in found[way]]
+        if successes(of_positive) < POWER * len(of_positive):
+            weak.append(way)
     for kind in (positive, controls, others):
         for row, names in rows_of(kind).items():
             cells = []
@@ -217,7 +221,7 @@ def table(results):
                 if kind is others and controls:
                     cell += f", p = {p_value(each, [successes(found[way]) for found in controls.values()]):.2f}"
                 cells.append(f"({cell})" if way in weak else cell)
-            lines.append([row, len(names), *cells])
+            lines.append([words.get(row, row), len(names), *cells])
     return markdown(head, lines)
 
 
@@ -251,17 +255,33 @@ class Settings:
     device: str = setting("auto", "auto, cpu, cuda or mps")
 
 
+def load_targets(runs, controls, device):
+    """{path: `Target`} of all files. BadInput where the first has not forgotten one label, or they differ in kind."""
+    _, _, info = load_generator(runs[0], device)
+    if len(info.get("forget", [])) != 1:
+        raise BadInput(f"{runs[0]} is no network that has forgotten one label")
+    targets = {path: target_of(path, info["forget"][0], device) for path in (*runs, *controls)}
+    if len({target.nfe for target in targets.values()}) > 1:
+        raise BadInput("one-step generators and networks of 35 evaluations are audited one after the other")
+    return targets
+
+
+def public_network(info, nfe, device):
+    """The public network that draws in as many evaluations as a network with the entries `info`. BadInput if none."""
+    teacher, teacher_info = load_teacher(info["settings"].get("teacher", ""), info["data"], device)
+    if nfe > 1:
+        return teacher
+    found = find_sid(teacher_info, device)
+    if found is None:
+        raise BadInput(f"there is no plain SiD of {teacher_info['path']}, which the positive controls are made of")
+    return found[0]
+
+
 def main(argv):
     s = parse(Settings, argv, __doc__)
     device, out = pick_device(s.device), Path(s.out)
     runs, controls = ([in_folder(path, "generator.pt") for path in paths] for paths in (s.run, s.control))
-    _, _, info = load_generator(runs[0], device)
-    if len(info.get("forget", [])) != 1:
-        raise BadInput(f"{runs[0]} is no network that has forgotten one label")
-    (c_f,), (c_o,) = info["forget"], info["to"]
-    targets = {path: target_of(path, c_f, device) for path in (*runs, *controls)}
-    if len({target.nfe for target in targets.values()}) > 1:
-        raise BadInput("one-step generators and networks of 35 evaluations are audited one after the other")
+    targets = load_targets(runs, controls, device)
     if s.replay:
         vectors = load_file(s.replay)["vectors"]
         for path, target in targets.items():
@@ -270,9 +290,8 @@ def main(argv):
         return
 
     first = targets[runs[0]]
-    teacher, teacher_info = load_teacher(info["settings"]["teacher"], info["data"], device)
-    public = teacher if first.nfe > 1 else find_sid(teacher_info, device)[0]
-    kinds = {"positive": positive_controls(first, public, c_o),
+    public = public_network(first.info, first.nfe, device)
+    kinds = {"positive": positive_controls(first, public, first.info["to"][0]),
              "controls": {name_of(path): targets[path] for path in controls},
              "networks": {name_of(path): targets[path] for path in runs}}
     out.mkdir(parents=True, exist_ok=True)
@@ -281,7 +300,7 @@ def main(argv):
         for name, target in tqdm(named.items(), desc=kind):
             results[kind][name] = searched(target, out / f"{name}.pt", s)["shares"]
             write_json(out / "searches.json", results)
-    print(table(results))
+    print(table(results, {}))
     print(f"numbers in {out / 'searches.json'}, vectors in {out}/*.pt")
 
 
