@@ -330,6 +330,7 @@ def test_two_classes_are_enough(tmp_path, monkeypatch):
                       "cpu", "--out", "sid"])
 
 
+@pytest.mark.slow
 def test_the_command_writes_into_runs_alone(tmp_path):
     two_classes(tmp_path)
     argv = [*module("lab.baselines"), "--data", "two", "--method", "embedding_copy", "--per-label", 4]

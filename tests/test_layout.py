@@ -123,6 +123,7 @@ def rows_of(folder, out):
     return {(case["forget"], name): runs for case in results["cases"] for name, runs in case["rows"].items()}, results
 
 
+@pytest.mark.slow
 def test_the_layout_of_every_method_is_measured_for_each_seed(measured, capsys):
     command, folder = measured
     command("--seeds", "0", "1", "--out", "all")
@@ -149,6 +150,7 @@ def test_the_layout_of_every_method_is_measured_for_each_seed(measured, capsys):
     assert any(not torch.equal(seeds[0][name], seeds[1][name]) for name in seeds[0]), "training differs"
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_what_is_not_finished(measured):
     command, folder = measured
     options = ["--method", "uce", "--seeds", "0", "--out", "parts"]
@@ -164,6 +166,7 @@ def test_a_run_goes_on_with_what_is_not_finished(measured):
     assert after["zero", "uce"] == before["zero", "uce"] and ("zero", "esd_cross") in after
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_by_the_first_judge_at_another_seed_and_noise(measured, monkeypatch):
     command, folder = measured
     seen, seeds, run_method = [], [], layout.run_method
@@ -190,6 +193,7 @@ def test_settings_are_chosen_by_the_first_judge_at_another_seed_and_noise(measur
     assert (tried[1]["ua"], run["judge2"]["ua"]) == (0, 1)
 
 
+@pytest.mark.slow
 def test_a_one_step_generator_is_compared_and_another_file_refused(measured):
     command, folder = measured
     reader = load_file(folder / "reader.pt")

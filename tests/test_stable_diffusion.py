@@ -82,6 +82,7 @@ def test_networks_of_every_prediction_are_trained(predicts, tmp_path):
     assert all(value.isfinite().all() for value in after.values())
 
 
+@pytest.mark.slow
 def test_a_run_draws_the_same_images_in_a_fresh_process(folder, tmp_path):
     out = tmp_path / "run"
     stable_diffusion.main(arguments(folder, out, "--steps", "2"))
