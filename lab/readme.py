@@ -304,8 +304,6 @@ def clean_audit():
 NETWORKS = {  # networks of mnist_searches.json: (group of runs.csv, words)
     "sfd": ("default", GROUPS["default"]), "sfd_two_stages": ("two stages", GROUPS["two stages"]),
     "clean_room": ("clean room", "clean room"), "clean_start": ("clean start", "clean start"),
-    "copy_own": ("copy own", "column copied, then distilled"),
-    "copy_fresh": ("copy fresh", "the same, from fresh weights"),
 }
 
 

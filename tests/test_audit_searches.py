@@ -176,5 +176,5 @@ def test_networks_of_one_and_of_35_evaluations_are_not_mixed():
 
 
 def test_a_network_that_forgot_nothing_is_refused():
-    with pytest.raises(BadInput, match="has forgotten one label"):
+    with pytest.raises(BadInput, match="has forgotten 0 labels"):
         searches.main([str(ROOT / "teachers/mnist_sid.pt"), "--device", CPU.type])

@@ -3,8 +3,8 @@
     python -m lab.audit.searches runs/sfd-seed0 runs/sfd-seed1 --control runs/control-seed0 runs/control-seed1
 
 A search looks for one vector that brings the class back for all noise: in the place of the label's embedding, or inside
-the blocks of the network. Judge A guides the search. It succeeds where judge B takes at least half of the
-images for the class. The unit is the search, not the image.
+the blocks of the network. Judge A guides the search. It succeeds where judge B takes at least half of the images for
+the class. The unit is the search, not the image.
 
 Controls never saw the class, so what a search finds in them was not left over. Positive controls hold the class for
 certain: the public network as it is, and with its forgotten column changed alone. A kind of search that misses the
@@ -24,15 +24,15 @@ from typing import Callable
 import torch
 from tqdm import tqdm
 
-from edm_unet import BadInput, Block, EDMPrecond, command, heun, load_file, pick_device
-from lab.audit.target import Target, judge_files, label_starts, optimise, rates, without_label_layer
+from edm_unet import BadInput, Block, EDMPrecond, command, digest, heun, load_file, pick_device
+from lab.audit.target import (judge_files, label_starts, load_target, name_of, optimise, rates, with_network,
+                              without_label_layer)
 from lab.audit.weights import with_column
 from lab.core.files import cached, find_sid, in_folder, load_teacher
 from lab.core.options import parse, setting
 from lab.core.runs import seed_everything
 from lab.core.tables import markdown, write_json
-from lab.evaluate.draw import load_generator, sampler
-from lab.evaluate.judges import load_judge
+from lab.evaluate.draw import sampler
 
 POWER = 0.95     # share of the searches of the positive controls that must find the class
 QUICK_STEPS = 4  # Heun steps with which a search draws from a network of 35 evaluations: 7 evaluations
@@ -151,19 +151,6 @@ def replay(target, vectors, s):
 
 # ------------------------------------------------------------------------------------------------------- the networks
 
-def target_of(path, c_f, device):
-    """The `Target` of a file. BadInput where its data set has no judges."""
-    generate, network, info = load_generator(path, device)
-    (judge, _), (judge2, _) = (load_judge(judge_path, device) for judge_path in judge_files(info["data"]))
-    return Target(generate, network, info, judge, judge2, c_f)
-
-
-def with_network(target, network):
-    """The same target with another network that draws in as many evaluations."""
-    return Target(sampler(network, target.info.get("sigma_init")), network.requires_grad_(False), target.info,
-                  target.judge, target.judge2, target.c_f)
-
-
 def positive_controls(target, public, c_o):
     """{name: Target} of networks that hold the class: `public` as it is, and with its forgotten column changed."""
     copied = with_column(public, target.c_f, public, c_o)
@@ -227,15 +214,11 @@ def table(results, words):
 
 # ----------------------------------------------------------------------------------------------------- the command line
 
-def name_of(path):
-    """A network's name: its folder's, or that of its file."""
-    return path.parent.name if path.name == "generator.pt" else path.stem
-
-
 def searched(target, path, s):
     """{"shares", "vectors"} of `attack`, cached in the file `path`."""
     weights = [p.double().abs().sum().item() for p in target.network.parameters()]
-    key = {"kind": "searches", "weights": weights, "searches": s.searches, "judged": s.judged, "seed": s.seed}
+    key = {"kind": "searches", "weights": weights, "made_by": digest(__file__, *judge_files(target.info["data"])),
+           "c_f": target.c_f, "searches": s.searches, "judged": s.judged, "seed": s.seed}
 
     def make():
         found, vectors = attack(target, s)
@@ -257,10 +240,10 @@ class Settings:
 
 def load_targets(runs, controls, device):
     """{path: `Target`} of all files. BadInput where the first has not forgotten one label, or they differ in kind."""
-    _, _, info = load_generator(runs[0], device)
-    if len(info.get("forget", [])) != 1:
-        raise BadInput(f"{runs[0]} is no network that has forgotten one label")
-    targets = {path: target_of(path, info["forget"][0], device) for path in (*runs, *controls)}
+    first = load_target(runs[0], device)
+    targets = {runs[0]: first}
+    for path in (*runs[1:], *controls):
+        targets[path] = load_target(path, device, c_f=first.c_f)
     if len({target.nfe for target in targets.values()}) > 1:
         raise BadInput("one-step generators and networks of 35 evaluations are audited one after the other")
     return targets

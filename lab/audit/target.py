@@ -5,6 +5,7 @@ same search budget: equally many starts and steps, with gradients through all ev
 generator is searched a second time, with as many evaluations as a search of a network of 35 evaluations takes.
 """
 import copy
+from pathlib import Path
 
 import torch
 
@@ -80,10 +81,13 @@ def judge_files(data):
     return paths
 
 
-def load_target(path, device, cut=1):
-    """The `Target` of a network's file. BadInput where the network did not forget one label, or there are no judges."""
+def load_target(path, device, cut=1, c_f=None):
+    """The `Target` of a network's file. c_f: the label to search for, or None for the one that the network forgot.
+
+    BadInput where c_f is None and the network did not forget one label, or there are no judges.
+    """
     generate, network, info = load_generator(path, device)
-    forgotten = info.get("forget", [])
+    forgotten = info.get("forget", []) if c_f is None else [c_f]
     if len(forgotten) != 1:
         raise BadInput(f"{path} has forgotten {len(forgotten)} labels: the audit attacks networks that forgot one")
     differs = misfit(info["data"], info["classes"], network.shape, info.get("size"))
@@ -91,6 +95,18 @@ def load_target(path, device, cut=1):
         raise BadInput(f"{path} {differs}")
     (judge, _), (judge2, _) = (load_judge(judge_path, device) for judge_path in judge_files(info["data"]))
     return Target(generate, network, info, judge, judge2, forgotten[0], cut)
+
+
+def with_network(target, network):
+    """The same `Target` with another network that draws in as many evaluations."""
+    return Target(sampler(network, target.info.get("sigma_init")), network.requires_grad_(False), target.info,
+                  target.judge, target.judge2, target.c_f)
+
+
+def name_of(path):
+    """A network's name: that of its folder, or of its file."""
+    path = Path(path)
+    return path.parent.name if path.name == "generator.pt" else path.stem
 
 
 def on_sphere(z):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from edm_unet import BadInput, command, pick_device
-from lab.audit.target import Target, load_target
+from lab.audit.target import load_target, name_of, with_network
 from lab.core.files import find_sid, load_teacher
 from lab.core.options import parse, setting
 from lab.core.runs import seed_everything
@@ -69,9 +69,7 @@ def attack(target, starts):
 
 def positive_control(target, sid, c_o):
     """The `Target` of plain SiD in which nothing but the forgotten column was changed."""
-    network = with_column(sid, target.c_f, sid, c_o).requires_grad_(False)
-    return Target(sampler(network, target.info["sigma_init"]), network, target.info, target.judge, target.judge2,
-                  target.c_f)
+    return with_network(target, with_column(sid, target.c_f, sid, c_o))
 
 
 def table(results):
@@ -109,8 +107,7 @@ def main(argv):
         starts = {"the teacher": teacher} | ({"plain SiD": sid[0]} if sid else {})
         if sid and not results:
             results["positive control"] = attack(positive_control(target, sid[0], target.info["to"][0]), starts)
-        name = Path(path).parent.name if Path(path).name == "generator.pt" else Path(path).stem
-        results[name] = attack(target, starts)
+        results[name_of(path)] = attack(target, starts)
     write_json(s.out, {"networks": results})
     print(table(results))
 
