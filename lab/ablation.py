@@ -36,7 +36,7 @@ SWITCHES = {  # what the official code for labels does
 }
 CHOICES = {  # of the override, as the paper discusses them
     "random-override": "a random label to keep in each draw",
-    "nearest-override": "the label that judge A finds most likely for the teacher's 0s, but for 0",
+    "nearest-override": "the label that judge A finds most likely for real 0s, but for 0",
 }
 SETTINGS = {"equal-rates": dict(lr_fake=3e-4), "alpha": dict(alpha=1.2)}
 

@@ -280,12 +280,28 @@ def audit_table():
     return attacks.table(results("mnist_audit")["networks"])
 
 
+NETWORKS = {  # networks of mnist_searches.json: (group of runs.csv, words)
+    "sfd": ("default", GROUPS["default"]), "sfd_two_stages": ("two stages", GROUPS["two stages"]),
+    "clean_room": ("clean room", "clean room"), "clean_start": ("clean start", "clean start"),
+}
+STUDENTS = {  # further ones, for results/clean.md
+    "clean_start_3000": ("clean start longer", "clean start, 3,000 steps"),
+    "mixed": ("mixed start", "half-fresh start"),
+    "copy_own": ("copied, own start", "copied column, own start"),
+    "esd_fresh": ("ESD, fresh start", "ESD, fresh start"),
+}
+CONTROLS = {
+    "unchanged": "plain SiD, which draws 0s",
+    "column copied": "plain SiD with the column of the 1 in the place of the 0's",
+    "column mixed": "plain SiD with the mean of the other columns there", "control": "controls: trained without 0s",
+}
+
+
 def clean_runs():
-    """Students that never drew the class, and SFD from the public networks."""
+    """Students from other weights than the teacher's, and SFD."""
     titles = ["UA", "override", "kept", "FD / teacher's", "recall", "seconds"]
-    words = {"clean room": "clean room", "clean start": "clean start", "default": GROUPS["default"],
-             "two stages": GROUPS["two stages"]}
-    return markdown(["", *titles], [[text, *cells(seeds(group), titles)] for group, text in words.items()])
+    lines = [[words, *cells(seeds(group), titles)] for group, words in (NETWORKS | STUDENTS).values()]
+    return markdown(["", *titles], lines)
 
 
 def clean_audit():
@@ -301,32 +317,25 @@ def clean_audit():
     return markdown(["", *attacks.SEARCHES, "SDEdit", "steps to relearn"], lines)
 
 
-NETWORKS = {  # networks of mnist_searches.json: (group of runs.csv, words)
-    "sfd": ("default", GROUPS["default"]), "sfd_two_stages": ("two stages", GROUPS["two stages"]),
-    "clean_room": ("clean room", "clean room"), "clean_start": ("clean start", "clean start"),
-}
+def searches_table(named=NETWORKS):
+    """Independent searches of positive controls, controls, and the networks of the rows `named`."""
+    found = results("mnist_searches")
+    rows = searches.rows_of(found["networks"])
+    found["networks"] = {name: found["networks"][name] for row in named for name in rows[row]}
+    return searches.table(found, CONTROLS | {row: words for row, (_, words) in named.items()})
 
 
-CONTROLS = {
-    "unchanged": "plain SiD, which draws 0s",
-    "column copied": "plain SiD with the column of the 1 in the place of the 0's",
-    "column mixed": "plain SiD with the mean of the other columns there", "control": "controls: trained without 0s",
-}
-
-
-def searches_table():
-    """Independent searches of positive controls, controls and networks that forgot."""
-    words = {row: words for row, (_, words) in NETWORKS.items()}
-    return searches.table(results("mnist_searches"), CONTROLS | words)
+def clean_searches():
+    return searches_table(NETWORKS | STUDENTS)
 
 
 def frontier():
     """Draw results/frontier.png: quality, training time, and the share of searches that find the class."""
     networks, rows = results("mnist_searches")["networks"], {}
-    for row, names in searches.rows_of(networks).items():
-        group, words = NETWORKS[row]
+    names = searches.rows_of(networks)
+    for row, (group, words) in (NETWORKS | STUDENTS).items():
         runs = seeds(group)
-        shares = [share for name in names for share in networks[name]["inside"]]
+        shares = [share for name in names[row] for share in networks[name]["inside"]]
         rows[words] = {"seconds": statistics.mean(run["seconds"] for run in runs),
                        "fd_ratio": statistics.mean(run["ratio"] for run in runs),
                        "found": searches.successes(shares) / len(shares)}
@@ -364,8 +373,8 @@ def cifar10_page():
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "summary": summary, "runs": every_run,
           "every class": every_class, "ablation": ablation_table,
           "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
-          "searches": searches_table, "weights": weights_table, "clean": clean_runs, "clean audit": clean_audit,
-          "prompts layout": prompts_layout, "cifar10": cifar10_page,
+          "searches": searches_table, "weights": weights_table, "clean": clean_runs, "clean searches": clean_searches,
+          "clean audit": clean_audit, "prompts layout": prompts_layout, "cifar10": cifar10_page,
           "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
           "prompt methods": prompt_methods}
 BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)

@@ -155,6 +155,8 @@ def frontier_figure(rows, path):
         ax.annotate(name, (ratios[i], 100 * found[i]), xytext=(1.04, (i + 0.5) / len(names)),
                     textcoords="axes fraction", va="center", parse_math=False,
                     arrowprops={"arrowstyle": "-", "color": "gray", "linewidth": 0.7, "relpos": (0, 0.5)})
+    ax.set_xscale("log", base=2)
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set(xlabel="FD of the other classes, over the teacher's", ylabel="searches that find the class, %",
            ylim=(-4, 104))
     sizes = points.legend_elements("sizes", num=3, func=lambda area: area * max(seconds) / 500, color=KEPT, alpha=0.6)
