@@ -246,12 +246,11 @@ def page(data):
 
     def line(words, row):
         shown = []
-        for key in columns.values():
+        for key in (*columns.values(), "ratio", "over_floor", "seconds"):
             value = row.get(key)
             cell = "" if value in (None, "") else formats.get(key, "{:.2%}").format(float(value))
             shown.append(cell + star(row) if key == "fd_override" else cell)
-        seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
-        return [words, *shown, f"{row['ratio']:.2f}", f"{row['over_floor']:.1f}", seconds]
+        return [words, *shown]
 
     found = [row for group in groups for row in group_rows(group)]
     lines = []
