@@ -32,7 +32,7 @@ from edm_unet import (BadInput, Parser, RunFailed, Stopped, command, data_name, 
 @dataclass
 class Settings:
     # the method
-    alpha: float = 1.0          # of score_identity_loss; the published runs use 1.2
+    alpha: float = 1.0          # of score_identity_loss; the published runs on labels use 1.2
     lambda_forget: float = 1.0  # weight of the score-forgetting term; the labels to keep have weight 1
     sigma_init: float = 2.5     # noise level at which the generator evaluates its network
     p_mean: float = 0.0         # psi step: ln sigma ~ N(p_mean, p_std^2); SiD's p_mean is -1.2

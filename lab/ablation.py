@@ -24,21 +24,22 @@ from sfd_minimal import begin, draw_labels, fake_score_loss, override_labels, sc
 
 FORGET, OVERRIDE = 0, 1
 SWITCHES = {  # what the official code for labels does
-    "noise": "sigma of a step t from 38 to 712 of DDPM's schedule, in both updates",
+    "noise": "sigma of a step t from 38 to 711 of DDPM's schedule, in both updates",
     "psi-weight": "L_psi with the weight of noise prediction, 1 / sigma^2",
     "own-batch": "a batch of its own for the forgotten label, and weight 0.01 on both of its losses",
     "constant-rates": "constant learning rates",
     "equal-rates": "the generator's learning rate for the fake score too",
-    "clipping": "gradients clipped to a norm of 1.0",
-    "dropout": "dropout of 0.1 in generator and fake score while they train",
+    "clipping": "each entry of the gradients clipped to [-1, 1]",
+    "dropout": "dropout of 0.1 in each of the two networks, in its own update",
     "unguided-teacher": "a teacher that was trained without guidance",
     "alpha": "alpha = 1.2",
 }
 CHOICES = {  # of the override, as the paper discusses them
     "random-override": "a random label to keep in each draw",
-    "nearest-override": "the label that judge A finds most likely for real 0s, but for 0",
+    "nearest-override": "the label that judge 1 finds most likely for real 0s, but for 0",
 }
-SETTINGS = {"equal-rates": dict(lr_fake=3e-4), "alpha": dict(alpha=1.2)}
+SETTINGS = {"own-batch": dict(lambda_forget=0.01), "equal-rates": dict(lr_fake=3e-4), "alpha": dict(alpha=1.2)}
+UNGUIDED = "teachers/mnist_plain.pt"
 
 
 @dataclass
@@ -57,9 +58,9 @@ class Options(Settings):
 
 
 def ddpm_sigmas():
-    """Noise levels of DDPM's steps 38 to 712, sqrt((1 - a) / a): 0.137 to 13.1."""
+    """Noise levels of DDPM's steps 38 to 711, sqrt((1 - a) / a): 0.137 to 13.0."""
     a = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), 0)
-    return ((1 - a) / a).sqrt().float()[38:713]
+    return ((1 - a) / a).sqrt().float()[38:712]
 
 
 def as_noise_prediction(L_psi, sigma, sigma_data):
@@ -83,9 +84,14 @@ def step(s, n, override):
     z = torch.randn(B, *n.teacher.shape)
     draw = draw_two_batches if own_batch else draw_labels
     c_phi, c_psi, forgotten = draw(s.batch, override, n.teacher.conditions)
-    weight = torch.where(forgotten, 0.01 if own_batch else s.lambda_forget, 1.0)       # (B,)
+    weight = torch.where(forgotten, s.lambda_forget, 1.0)                              # (B,)
     sigma_init = torch.full((B, 1, 1, 1), s.sigma_init)
-    x_g = n.generator(sigma_init * z, sigma_init, c_psi)
+    dropout = "dropout" in s.switches
+    x_g = n.generator.train(dropout)(sigma_init * z, sigma_init, c_psi)
+    x_psi = x_g.detach()
+    if dropout:  # the fake score learns from images without dropout
+        with torch.no_grad():
+            x_psi = n.generator.eval()(sigma_init * z, sigma_init, c_psi)
 
     def noise_levels(default):
         levels = ddpm_sigmas()
@@ -95,7 +101,7 @@ def step(s, n, override):
         return (s.p_mean + s.p_std * torch.randn(B)).exp()
 
     sigma = noise_levels(edm_normal).view(-1, 1, 1, 1)
-    L_psi = fake_score_loss(n.fake, x_g.detach(), c_psi, sigma, n.teacher.sigma_data)
+    L_psi = fake_score_loss(n.fake.train(dropout), x_psi, c_psi, sigma, n.teacher.sigma_data)
     if "psi-weight" in s.switches:
         L_psi = as_noise_prediction(L_psi, sigma.flatten(), n.teacher.sigma_data)
     L_psi = (weight * L_psi).sum() / s.batch if own_batch else L_psi.mean()
@@ -108,7 +114,7 @@ def step(s, n, override):
         return (low + s.u_max * torch.rand(B) * (high - low)).pow(7)
 
     sigma = noise_levels(edm_grid).view(-1, 1, 1, 1)
-    S = score_identity_loss(n.teacher, n.fake, x_g, c_phi, c_psi, sigma, s.alpha)
+    S = score_identity_loss(n.teacher, n.fake.eval(), x_g, c_phi, c_psi, sigma, s.alpha)
     L_keep = torch.where(forgotten, 0, S).sum() / s.batch
     L_forget = torch.where(forgotten, weight * S, 0).sum() / s.batch
     n.optimizer_theta.zero_grad()
@@ -118,14 +124,13 @@ def step(s, n, override):
 
 
 def prepare(n, switches):
-    """Switch clipping and dropout on in the `Networks` n."""
+    """Switch clipping on in the `Networks` n, and give their blocks dropout, which `step` switches on."""
     for network, optimizer in ((n.generator, n.optimizer_theta), (n.fake, n.optimizer_psi)):
         if "clipping" in switches:
             def clip(optimizer, args, kwargs):
-                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+                torch.nn.utils.clip_grad_value_(optimizer.param_groups[0]["params"], 1.0)
             optimizer.register_step_pre_hook(clip)
         if "dropout" in switches:
-            network.train()
             for block in network.modules():
                 if isinstance(block, Block):
                     block.dropout = 0.1
@@ -141,7 +146,7 @@ def distill(s, n, override, first=0):
 
 
 def nearest_label(evaluator):
-    """The label, FORGET aside, with the largest logit by judge A for the mean features of real images of FORGET."""
+    """The label, FORGET aside, with the largest logit by judge 1 for the mean features of real images of FORGET."""
     logits = evaluator.judge.head(evaluator.reference["mean"][FORGET])
     return int(logits.index_fill(0, torch.tensor(FORGET), -math.inf).argmax())
 
@@ -163,8 +168,8 @@ def main(argv):
     s = Settings(**{**rates, **given, "switches": switches})
     s.out = s.out or run_folder("mnist", "ablation", *words, f"seed{s.seed}")
     shipped, info = load_teacher("", "mnist", "cpu")
-    unguided = str(SHIPPED / "mnist_plain.pt") if "unguided-teacher" in switches else ""
-    teacher, teacher_info = load_teacher(unguided, "mnist", "cpu")
+    unguided = UNGUIDED if "unguided-teacher" in switches else ""
+    teacher, teacher_info = load_teacher(unguided and str(SHIPPED.parent / unguided), "mnist", "cpu")
     evaluator = Evaluator(shipped, info, [FORGET], [OVERRIDE])
     override = OVERRIDE
     if "random-override" in switches:
@@ -181,7 +186,7 @@ def main(argv):
     for terms in run.steps(distill(s, n, override_labels([FORGET], [override], 10), run.step)):
         if run.step % 100 == 0:
             run.log(terms)
-    settings = asdict(s) | {"data": "mnist", "forget": [str(FORGET)], "to": [str(override)], "teacher": ""}
+    settings = asdict(s) | {"data": "mnist", "forget": [str(FORGET)], "to": [str(override)], "teacher": unguided}
     content = {"data": "mnist", "classes": info["classes"], "sigma_init": s.sigma_init, "forget": [FORGET],
                "to": [override], "teacher_sha256": teacher_info["sha256"], "seconds": run.seconds,
                "machine": machine(torch.device("cpu")), "settings": settings}

@@ -68,14 +68,15 @@ def save_start(path, content, network, sigma_init):
 
 def train_fresh(s, net, images, labels, info, device):
     """Train a network of the shape `net` with fresh weights on images. Saves teacher.pt and fresh.pt."""
-    settings = train_teacher.Settings(steps=s.teacher_steps, seed=s.seed)
+    _, flip, preset = train_teacher.PRESETS.get(info["data"], train_teacher.PRESETS["own images"])
+    settings = train_teacher.Settings(**{**preset, "steps": s.teacher_steps, "seed": s.seed})
     seed_everything(s.seed)
     network = EDMPrecond(net).to(device)
     network.bf16 = has_fast_bf16(device)
     parts = train_teacher.begin(network, settings.lr)
     run = Run(replace(s, out=str(Path(s.out) / "teacher"), steps=s.teacher_steps), parts, {"from": info["sha256"]})
     images, labels = images.to(device), labels.to(device)
-    batches = train_teacher.batches(images, labels, settings.batch, flip=False)
+    batches = train_teacher.batches(images, labels, settings.batch, flip)
     data = ((x, network.conditions[k]) for x, k in batches)
     for terms in run.steps(train_teacher.train(settings, data, **parts, first=run.step)):
         if run.step % 100 == 0:

@@ -221,10 +221,9 @@ def ablation_table():
     return markdown(["", "runs", *titles], lines)
 
 
-def every_class():
-    """SFD with an anchor, every class in turn, their mean and range, and requests one after the other."""
+def class_table(rows, sequence=()):
+    """Every class in turn, their mean and range, and requests one after the other."""
     titles = ["UA", "override", "kept", "FD / teacher's", "seconds", "FD of the override", "the teacher's"]
-    rows, sequence = group_rows("every class"), sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
 
     def numbers(rows):
         return [*cells(rows, titles, stars=True), *cells(rows, RECALL, RECALL)]
@@ -237,6 +236,11 @@ def every_class():
     lines.append(["all ten", *numbers(rows), spread(lost, "{:.1f}")])
     lines += [line(row) for row in sequence]
     return markdown(["", *titles, *RECALL, "most damaged label: points"], lines)
+
+
+def every_class():
+    sequence = sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
+    return class_table(group_rows("every class"), sequence)
 
 
 def page(data):
@@ -301,6 +305,18 @@ def clean_runs():
     titles = ["UA", "override", "kept", "FD / teacher's", "recall", "seconds"]
     lines = [[words, *cells(seeds(group), titles)] for group, words in (NETWORKS | STUDENTS).values()]
     return markdown(["", *titles], lines)
+
+
+def clean_pairs():
+    """Two more pairs of labels: SFD in two stages and from a clean start, with ten searches of each kind."""
+    titles = ["UA", "override", "kept", "FD / teacher's", "recall"]
+    lines = []
+    for pair, networks in results("mnist_searches")["pairs"].items():
+        for group, found in networks.items():
+            rows = [row for row in group_rows(group) if row["pair"] == pair]
+            successes = [f"{searches.successes(found[way])} of {len(found[way])}" for way in searches.WAYS]
+            lines.append([f"{pair}: {GROUPS.get(group, group)}", *cells(rows, titles), *successes])
+    return markdown(["", *titles, *searches.WAYS], lines)
 
 
 def clean_audit():
@@ -370,9 +386,9 @@ def cifar10_page():
 
 
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "summary": summary, "runs": every_run,
-          "every class": every_class, "ablation": ablation_table,
-          "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
-          "searches": searches_table, "weights": weights_table, "clean": clean_runs, "clean searches": clean_searches,
+          "every class": every_class, "ablation": ablation_table, "methods": methods,
+          "methods over classes": methods_over_classes, "audit": audit_table, "searches": searches_table,
+          "weights": weights_table, "clean": clean_runs, "clean searches": clean_searches, "clean pairs": clean_pairs,
           "clean audit": clean_audit, "prompts layout": prompts_layout, "cifar10": cifar10_page,
           "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
           "prompt methods": prompt_methods}

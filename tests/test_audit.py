@@ -67,7 +67,7 @@ def attacked(tmp_path, mnist_dir):
 
 
 def share_drawn(network):
-    """The share of 30 images under label 0 in which judge B sees a 0."""
+    """The share of 30 images under label 0 in which judge 2 sees a 0."""
     return network.recognised(network.draw(network.noise(30), network.label(0, 30)))[0]["share"]
 
 

@@ -10,7 +10,7 @@ from lab.audit import weights
 
 
 class StubTarget:
-    """A target whose judge B takes an image for the class where its mean is above 0."""
+    """A target whose judge 2 takes an image for the class where its mean is above 0."""
     c_f, info = 0, {"sigma_init": 2.5}
 
     def __init__(self, network):

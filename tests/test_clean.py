@@ -50,6 +50,29 @@ def test_the_fresh_network_sees_the_generators_images_under_the_labels_they_were
     assert torch.equal(images, clean.draw_images(generate, labels, network, 0))
 
 
+@pytest.mark.parametrize("data, flip, p_mean", [("mnist", False, 0.2), ("cifar10", True, -0.4), ("birds", True, -0.4)])
+def test_the_fresh_network_is_trained_as_a_teacher_of_the_same_data(data, flip, p_mean, monkeypatch, tmp_path):
+    seen = []
+
+    def train(s, data, network, average, optimizer, first):
+        seen.append((s.steps, s.p_mean, next(data)[0].shape[0]))
+        yield {"loss": torch.tensor(0.0)}
+
+    def batches(images, labels, batch, flip):
+        flips.append(flip)
+        return real(images, labels, batch, flip)
+
+    flips, real = [], clean.train_teacher.batches
+    monkeypatch.setattr(clean.train_teacher, "batches", batches)
+    monkeypatch.setattr(clean.train_teacher, "train", train)
+    s = clean.Settings(teacher_steps=1, out=str(tmp_path))
+    info = {"data": data, "classes": list("abcdefghij"), "sha256": "", "sigma_init": 2.5}
+    images = torch.zeros(20, 1, 28, 28, dtype=torch.uint8)
+    clean.train_fresh(s, tiny_network().settings, images, torch.arange(20) % 10, info, torch.device("cpu"))
+    batch = 64 if data == "mnist" else 512
+    assert flips == [flip] and seen == [(1, p_mean, batch)]
+
+
 def test_two_generators_with_the_same_images_give_the_same_networks(forgetful, monkeypatch, evaluations, tmp_path):
     same = torch.randint(256, (40, 1, 28, 28), dtype=torch.uint8)
     monkeypatch.setattr(clean, "draw_images", lambda *args, **options: same)

@@ -202,7 +202,7 @@ class Toy(torch.nn.Module):
 
 
 def published_step(phi, theta, psi, z, c_phi, c_psi, null, forgotten, s, kappa):
-    """One step of SFD as published, with gradient descent: long and short guidance of Zhou et al. 2024, eqs. in code.
+    """One step of SFD with the published guidance and this project's noise, with gradient descent: eqs. in code.
 
     Returns L_psi, L_keep, L_forget and the four weights of generator and fake score after the step.
     """

@@ -3,7 +3,7 @@
     python -m lab.audit runs/mnist-forget0-to1              # one run: audit.json and audit.png in its folder
     python -m lab.audit runs/mnist-baselines-forget0-to1    # each method of lab.baselines: one table, one figure
 
-What counts is how many of the images of an attack judge B takes for the forgotten class. Inversion, other noise levels
+What counts is how many of the images of an attack judge 2 takes for the forgotten class. Inversion, other noise levels
 and relearning need real images. Shares are printed with 95 % intervals. Their numbers of images are in audit.json.
 """
 import time

@@ -41,7 +41,7 @@ def latent_search(target, images):
 def label_search(target, images):
     """3. Draw under conditions that are no label: mixes of two labels, random mixes, and one vector in R^K.
 
-    The vector is searched for all z at once. Judge A chooses which of the three is reported.
+    The vector is searched for all z at once. Judge 1 chooses which of the three is reported.
     """
     eye = torch.eye(target.K, device=target.device)
     pairs = torch.stack([(eye[i] + eye[j]) / 2 for i in range(target.K) for j in range(i)])
@@ -117,7 +117,7 @@ def other_noise_levels(target, images):
 
 
 def relearn(target, batch, limit):
-    """Fine-tune all weights with EDM's loss until judge B takes half of 50 images under c_f for c_f: (numbers, image).
+    """Fine-tune all weights with EDM's loss until judge 2 takes half of 50 images under c_f for c_f: (numbers, image).
 
     batch() -> (x, c): images and conditions of one step. Images are drawn in 17 evaluations. "steps" of the numbers is
     None where `limit` steps were not enough.
@@ -203,7 +203,7 @@ def steps_in_words(numbers, name):
 def table(results):
     """Markdown: one row for each network {name: numbers of all attacks}.
 
-    Shares are of images that judge B takes for the forgotten class, with 95 % intervals.
+    Shares are of images that judge 2 takes for the forgotten class, with 95 % intervals.
     """
     head = ["", "other seeds", "under other labels", *SEARCHES, "inversion error: forgotten / kept / foreign",
             "other noise levels", "SDEdit", "relearned in steps: own / kept / 10 / 100 images"]

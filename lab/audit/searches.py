@@ -3,7 +3,7 @@
     python -m lab.audit.searches runs/sfd-seed0 runs/sfd-seed1 --control runs/control-seed0 runs/control-seed1
 
 A search looks for one vector that brings the class back for all noise: in the place of the label's embedding, or inside
-the blocks of the network. Judge A guides the search. It succeeds where judge B takes at least half of the images for
+the blocks of the network. Judge 1 guides the search. It succeeds where judge 2 takes at least half of the images for
 the class. The unit is the search, not the image.
 
 Controls never saw the class, so what a search finds in them was not left over. Positive controls hold the class for
@@ -120,7 +120,7 @@ def search(target, way, searches):
 
 @torch.no_grad()
 def shares(target, way, vectors, n):
-    """Share of n images under each of the vectors (N, d) that judge B takes for the class."""
+    """Share of n images under each of the vectors (N, d) that judge 2 takes for the class."""
     generate = sampler(way.network, target.info.get("sigma_init"))
     found = []
     for v in vectors:

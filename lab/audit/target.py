@@ -1,6 +1,6 @@
 """A network under attack, and searches of its inputs for the class that it forgot.
 
-Judge A guides the searches. Judge B, of another architecture, decides which images show the class. All networks get the
+Judge 1 guides the searches. Judge 2, of another architecture, decides which images show the class. All networks get the
 same search budget: equally many starts and steps, with gradients through all evaluations that draw an image. A one-step
 generator is searched a second time, with as many evaluations as a search of a network of 35 evaluations takes.
 """
@@ -64,8 +64,8 @@ class Target:
     def recognised(self, x):
         """({"share", "n", "low", "high", "judge_a"}, image) of images x in [-1, 1].
 
-        The share of images that judge B takes for c_f, with its interval, and the share of judge A. The image is the
-        one of which judge B is surest, uint8.
+        The share of images that judge 2 takes for c_f, with its interval, and the share of judge 1. The image is the
+        one of which judge 2 is surest, uint8.
         """
         images = to_uint8(x)
         p, p_a = self.probabilities(images, self.judge2), self.probabilities(images, self.judge)
@@ -124,7 +124,7 @@ def with_interval(share, n):
 # ------------------------------------------------------------------------------------------------------- the searches
 
 def optimise(target, start, rate, steps, images):
-    """Search vectors v (N, ...) by Adam for images that judge A takes for c_f. Yield (v, loss (N,)) of each step.
+    """Search vectors v (N, ...) by Adam for images that judge 1 takes for c_f. Yield (v, loss (N,)) of each step.
 
     Row i starts at start[i] and has the learning rate rate[i]. images(v): equally many images for each row.
     """

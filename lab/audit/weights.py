@@ -24,7 +24,7 @@ FRACTIONS = [k / 20 for k in range(1, 20)]  # of the way from the weights of the
 
 
 def drawn_share(target, network, n=1000):
-    """Share of n one-step images of `network` under the forgotten label that judge B takes for the class."""
+    """Share of n one-step images of `network` under the forgotten label that judge 2 takes for the class."""
     seed_everything(0)
     generate = sampler(network, target.info["sigma_init"])
     numbers, _ = target.recognised(target.draw(target.noise(n), target.label(target.c_f, n), generate))

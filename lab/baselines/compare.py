@@ -325,7 +325,7 @@ def run_method(comparison, name, change=None):
 def table(results):
     """Markdown: one row for each method, the teacher first.
 
-    Accuracies are those of judge B, since judge A chose the settings. FD is in judge A's features. The FD to the
+    Accuracies are those of judge 2, since judge 1 chose the settings. FD is in judge 1's features. The FD to the
     control is there where the control is.
     """
     methods = {**METHODS, **ONE_STEP}

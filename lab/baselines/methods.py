@@ -46,7 +46,7 @@ class World:
         return self.kept[torch.randint(len(self.kept), (self.batch,), device=self.device)]
 
     def noise_levels(self, n):
-        """sigma (n, 1, 1, 1) with ln sigma ~ N(p_mean, 1.2^2), as in the training of the teacher."""
+        """sigma (n, 1, 1, 1) with ln sigma ~ N(p_mean, 1.2^2), p_mean as in the training of the teacher."""
         return (self.p_mean + 1.2 * torch.randn(n, 1, 1, 1, device=self.device)).exp()
 
     def real_images(self, which):
@@ -94,7 +94,7 @@ def learning(network):
 # ---------------------------------------------------------------------------------------------------------- the losses
 
 def denoise_kept(network, world):
-    """E ||D(x + sigma eps; c) - x||^2 over real images x of the labels to keep.
+    """E ||D(x + sigma eps; c) - x||^2 over real images x of the labels to keep, with the teacher's trained-in guidance.
 
     `retrain` minimises this loss from fresh weights. Its network has never seen c_f: the control of all other methods.
     `finetune` starts from the teacher.
@@ -159,7 +159,7 @@ def selective_amnesia(network, world):
     keep, + lam sum_i F_i (theta_i - phi_i)^2 with the Fisher information F of the teacher's weights.
 
     Heng and Soh, "Selective Amnesia: A Continual Learning Approach to Forgetting in Deep Generative Models", NeurIPS
-    2023.
+    2023. Both denoising losses have the teacher's trained-in guidance.
     """
     x = torch.rand(world.batch, *world.teacher.shape, device=world.device) * 2 - 1
     i = torch.randint(len(world.replay), (world.batch,), device=world.device)

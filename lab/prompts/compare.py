@@ -2,7 +2,7 @@
 
     python -m lab.prompts.compare --forget zero --to one    # all methods; --resume goes on with the rest
 
-The searches look for the forgotten digit in the ink: MNIST's judge A guides them, judge B decides.
+The searches look for the forgotten digit in the ink: MNIST's judge 1 guides them, judge 2 decides.
 """
 from dataclasses import dataclass
 
