@@ -169,7 +169,8 @@ def main(argv):
     s.out = s.out or run_folder("mnist", "ablation", *words, f"seed{s.seed}")
     shipped, info = load_teacher("", "mnist", "cpu")
     unguided = UNGUIDED if "unguided-teacher" in switches else ""
-    teacher, teacher_info = load_teacher(unguided and str(SHIPPED.parent / unguided), "mnist", "cpu")
+    path = str(SHIPPED.parent / unguided) if unguided else ""
+    teacher, teacher_info = load_teacher(path, "mnist", "cpu")
     evaluator = Evaluator(shipped, info, [FORGET], [OVERRIDE])
     override = OVERRIDE
     if "random-override" in switches:

@@ -221,9 +221,10 @@ def ablation_table():
     return markdown(["", "runs", *titles], lines)
 
 
-def class_table(rows, sequence=()):
-    """Every class in turn, their mean and range, and requests one after the other."""
+def every_class():
+    """SFD with an anchor, every class in turn, their mean and range, and requests one after the other."""
     titles = ["UA", "override", "kept", "FD / teacher's", "seconds", "FD of the override", "the teacher's"]
+    rows, sequence = group_rows("every class"), sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
 
     def numbers(rows):
         return [*cells(rows, titles, stars=True), *cells(rows, RECALL, RECALL)]
@@ -236,11 +237,6 @@ def class_table(rows, sequence=()):
     lines.append(["all ten", *numbers(rows), spread(lost, "{:.1f}")])
     lines += [line(row) for row in sequence]
     return markdown(["", *titles, *RECALL, "most damaged label: points"], lines)
-
-
-def every_class():
-    sequence = sorted(group_rows("in sequence"), key=lambda row: len(row["pair"]))
-    return class_table(group_rows("every class"), sequence)
 
 
 def page(data):
@@ -308,7 +304,7 @@ def clean_runs():
 
 
 def clean_pairs():
-    """Two more pairs of labels: SFD in two stages and from a clean start, with ten searches of each kind."""
+    """Two more pairs of labels: SFD in two stages and the clean students, with ten searches of each kind."""
     titles = ["UA", "override", "kept", "FD / teacher's", "recall"]
     lines = []
     for pair, networks in results("mnist_searches")["pairs"].items():
