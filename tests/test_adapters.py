@@ -157,7 +157,7 @@ def test_steps_of_sfd_on_an_adapter(kind, autocast):
 
 
 def test_guidance_is_away_from_the_concept_or_the_null_prompt():
-    """As in the official runs against nudity, for the teacher: the negative prompt of rows to forget is the concept."""
+    """The teacher is guided away from the concept in rows to forget, and from the null prompt in others."""
     def D(x, sigma, c):
         return x + c["state"] * c["mask"]
 

@@ -337,12 +337,12 @@ def table(results):
         seconds = "" if name == "teacher" else f"{m['seconds']:.0f}"
         row = [f"`{name}`", differs, m["real_data"], seconds, m["nfe"]]
         row += [f"{m[key]:.1%}" for key in ("ua_judge2", "override_share_judge2", "kept_accuracy_judge2")]
-        row += [f"{m[key]:.1f}" for key in ("fd", "fd_override")]
+        row += [f"{m['fd']:.1f}", f"{m['fd'] / m['fd_floor']:.1f}", f"{m['fd_override']:.1f}"]
         row += ["" if m[key] is None else f"{m[key]:.3f}" for key in ("precision", "recall")]
         row += [f"{abs(m[key]):.1f}" if key in m else "" for key in controls]
         rows.append(row)
     return markdown(["", "differs", "real images", "seconds", "NFE", "UA", "override", "kept", "FD",
-                     "FD of the override", "precision", "recall", *controls.values()], rows)
+                     "FD / floor", "FD of the override", "precision", "recall", *controls.values()], rows)
 
 
 def compare(comparison):

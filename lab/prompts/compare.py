@@ -186,9 +186,9 @@ def table(results):
             relearned = f"over {limit}" if steps is None else steps
         rows.append([f"`{name}`", m["real_data"], seconds, m["nfe"],
                      *("" if value is None else percent(value) for value in values), f"{m['fd']:.1f}",
-                     f"{m['moved']:.2f}" if "moved" in m else "", *searches, relearned])
-    return markdown(["", "real images", "seconds", "NFE", *COLUMNS, "FD", "moved", "latent search", "embedding search",
-                     "relearned in steps"], rows)
+                     f"{m['fd'] / m['fd_floor']:.1f}", f"{m['moved']:.2f}" if "moved" in m else "", *searches, relearned])
+    return markdown(["", "real images", "seconds", "NFE", *COLUMNS, "FD", "FD / floor", "moved", "latent search",
+                     "embedding search", "relearned in steps"], rows)
 
 
 @dataclass
