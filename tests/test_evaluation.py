@@ -915,16 +915,19 @@ def test_a_frontier_has_a_labelled_point_for_each_way_with_its_seconds_as_area(t
     monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
     rows = {"fast $x": {"seconds": 100, "fd_ratio": 1.5, "found": 0.9},
             "slow": {"seconds": 400, "fd_ratio": 3.0, "found": 0.0}}
-    figures.frontier_figure(rows, tmp_path / "a.png")
+    figures.frontier_figure(rows, 0.05, tmp_path / "a.png")
     (ax,), = (figure.axes for figure in drawn)
     points, = ax.collections
-    labels = {text.get_text(): text.xy for text in ax.texts}
+    labels = {text.get_text(): getattr(text, "xy", text.get_position()) for text in ax.texts}
+    assert labels.pop("controls") == (0.01, 7.0)
     assert labels == {"fast $x": (1.5, 90.0), "slow": (3.0, 0.0)}
     areas = dict(zip(map(tuple, points.get_offsets().tolist()), points.get_sizes()))
     assert areas[3.0, 0.0] == 4 * areas[1.5, 90.0]
+    line, = ax.lines
+    assert set(line.get_ydata()) == {5.0}
     assert not ax.get_title() and ax.get_xlabel() and ax.get_ylabel()
 
 
 def test_a_frontier_is_drawn_where_all_took_the_same_time(tmp_path, capsys):
-    figures.frontier_figure({"Ke$$a": {"seconds": 5, "fd_ratio": 1, "found": 0.5}}, tmp_path / "a.png")
+    figures.frontier_figure({"Ke$$a": {"seconds": 5, "fd_ratio": 1, "found": 0.5}}, 0.0, tmp_path / "a.png")
     assert pixels(tmp_path / "a.png").size and not capsys.readouterr().out

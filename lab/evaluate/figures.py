@@ -140,17 +140,19 @@ def audit_figure(rows, path):
     save(fig, path)
 
 
-def frontier_figure(rows, path):
+def frontier_figure(rows, controls, path):
     """A point for each way of training: how often its class is found, against the quality of the other classes.
 
     rows: {name: {"seconds", "fd_ratio", "found"}}. The area of a point is the seconds of training. fd_ratio: FD over
-    the teacher's. found: share of the searches, 0 to 1.
+    the teacher's. found, controls: share of the searches, 0 to 1. The line is that of the controls.
     """
     names = sorted(rows, key=lambda name: (rows[name]["found"], -rows[name]["fd_ratio"]))  # lines then hardly cross
     ratios, found, seconds = ([rows[name][key] for name in names] for key in ("fd_ratio", "found", "seconds"))
     fig, ((ax,),) = subplots(1, 1, (9, 4.5))
     points = ax.scatter(ratios, [100 * share for share in found], s=[500 * t / max(seconds) for t in seconds],
                         color=KEPT, alpha=0.6, edgecolor="black", clip_on=False, zorder=3)
+    ax.axhline(100 * controls, color=FORGOTTEN, linestyle="--")
+    ax.text(0.01, 100 * controls + 2, "controls", color=FORGOTTEN, transform=ax.get_yaxis_transform())
     for i, name in enumerate(names):
         ax.annotate(name, (ratios[i], 100 * found[i]), xytext=(1.04, (i + 0.5) / len(names)),
                     textcoords="axes fraction", va="center", parse_math=False,
