@@ -415,14 +415,12 @@ def cifar10_page():
 
 
 TABLES = {"first": first, "forgets": forgets, "five methods": five_methods, "summary": summary, "runs": every_run,
-          "every class": every_class, "every class, two stages": every_class_in_two_stages,
-          "ablation": ablation_table, "methods": methods,
-          "methods over classes": methods_over_classes, "audit": audit_table, "searches": searches_table,
-          "weights": weights_table, "clean": clean_runs, "clean searches": clean_searches, "clean pairs": clean_pairs,
-          "relearning": relearning,
-          "clean audit": clean_audit, "prompts layout": prompts_layout, "cifar10": cifar10_page,
-          "cifar10 methods": cifar10_methods, "cifar10 audit": cifar10_audit, "prompts": prompts_page,
-          "prompt methods": prompt_methods}
+          "every class": every_class, "every class, two stages": every_class_in_two_stages, "ablation": ablation_table,
+          "methods": methods, "methods over classes": methods_over_classes, "audit": audit_table,
+          "searches": searches_table, "weights": weights_table, "clean": clean_runs, "clean searches": clean_searches,
+          "clean pairs": clean_pairs, "clean audit": clean_audit, "relearning": relearning,
+          "prompts layout": prompts_layout, "cifar10": cifar10_page, "cifar10 methods": cifar10_methods,
+          "cifar10 audit": cifar10_audit, "prompts": prompts_page, "prompt methods": prompt_methods}
 BLOCK = re.compile(r"<!-- table: ([^\n]+?) -->\n.*?<!-- end -->", re.S)
 
 
