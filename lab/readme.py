@@ -338,12 +338,17 @@ def clean_audit():
     return markdown(["", *attacks.SEARCHES, "SDEdit"], lines)
 
 
+def words_of(named):
+    """{row: words} of the controls and of the rows `named`."""
+    return CONTROLS | {row: words for row, (_, words) in named.items()}
+
+
 def searches_table(named=NETWORKS):
     """Independent searches of positive controls, controls, and the networks of the rows `named`."""
     found = results("mnist_searches")
     rows = searches.rows_of(found["networks"])
     found["networks"] = {name: found["networks"][name] for row in named for name in rows[row]}
-    return searches.table(found, CONTROLS | {row: words for row, (_, words) in named.items()})
+    return searches.table(found, words_of(named))
 
 
 def clean_searches():
@@ -352,16 +357,18 @@ def clean_searches():
 
 def relearning():
     """Steps of training on ten real images until the class is back. p: how often chance takes as few steps."""
-    found = results("mnist_relearning")
-    words = CONTROLS | {name: text for name, (_, text) in (NETWORKS | STUDENTS).items()}
-    of_controls = [-statistics.mean(steps) for steps in found["controls"].values()]
-    lines = []
+    found, words, lines = results("mnist_relearning"), words_of(NETWORKS | STUDENTS), []
+
+    def speeds(networks):
+        return [-statistics.mean(steps) for steps in networks]  # p_value counts large values
+
     for kind, networks in found.items():
         for row, names in searches.rows_of(networks).items():
             each = [networks[name] for name in names]
-            p = searches.p_value([-statistics.mean(steps) for steps in each], of_controls)
-            lines.append([words[row], len(names), spread([n for steps in each for n in steps], "{:.0f}"),
-                          f"{p:.2f}" if kind == "networks" else ""])
+            p = ""
+            if kind == "networks":
+                p = f"{searches.p_value(speeds(each), speeds(found['controls'].values())):.2f}"
+            lines.append([words[row], len(names), spread([n for steps in each for n in steps], "{:.0f}"), p])
     return markdown(["", "networks", "steps", "p"], lines)
 
 
