@@ -95,16 +95,16 @@ class Recipe:
     networks: tuple      # settings of the first and of the second `Judge`
     augment: Callable    # augment(x, progress) -> x
     mirror: bool
-    smoothing: float     # of the labels
     optimizer: Callable
     schedule: dict       # of torch's OneCycleLR
     settings: dict       # differences from the Settings above
 
 
 DRAWINGS = Recipe(networks=(dict(arch="cnn", width=16), dict(arch="resnet", width=16, stem_stride=2)), augment=jitter,
-                  mirror=False, smoothing=0.0, optimizer=torch.optim.Adam, schedule={}, settings={})
-PHOTOGRAPHS = Recipe(networks=(dict(arch="resnet9", width=64), dict(arch="resnet", width=48, stem_stride=2)),
-                     augment=shift_and_hide, mirror=True, smoothing=0.1,
+                  mirror=False, optimizer=torch.optim.Adam, schedule={}, settings={})
+PHOTOGRAPHS = Recipe(networks=(dict(arch="resnet9", width=64, feature_layers=12),  # after two of three blocks
+                               dict(arch="resnet", width=48, stem_stride=2)),
+                     augment=shift_and_hide, mirror=True,
                      optimizer=partial(torch.optim.SGD, momentum=0.9, nesterov=True, weight_decay=1.5e-3),
                      schedule=dict(pct_start=0.25, anneal_strategy="linear", cycle_momentum=False),
                      settings=dict(steps=4290, batch=256, lr=0.1))
@@ -122,7 +122,7 @@ def train(s, recipe, images, labels, judge, optimizer, schedule, first=0):
         x = recipe.augment(x, step / s.steps).contiguous(memory_format=torch.channels_last)
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             logits, _ = judge(x)
-        loss = F.cross_entropy(logits.float(), c, label_smoothing=recipe.smoothing)
+        loss = F.cross_entropy(logits.float(), c)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -400,6 +400,22 @@ def test_the_judge_of_photographs_takes_any_side_from_16(side):
         Judge("resnet9", 15, 3, 10, width=4)
 
 
+def test_features_of_a_layer_are_means_over_pixels_and_over_the_mirror_image():
+    torch.manual_seed(0)
+    late = Judge("resnet9", 32, 3, 10, width=4, mirror=True)
+    early = Judge("resnet9", 32, 3, 10, width=4, mirror=True, feature_layers=12)
+    early.load_state_dict(late.state_dict())
+    x = torch.randn(3, 3, 32, 32)
+    for training in (False, True):
+        logits, features = early.train(training)(x)
+        of_layers = early.trunk[:12]
+        expected = of_layers(x).mean((2, 3))
+        if not training:
+            expected = (expected + of_layers(x.flip(3)).mean((2, 3))) / 2
+        assert features.shape == (3, 16) and torch.allclose(features, expected, atol=1e-6)
+        assert torch.equal(logits, late.train(training)(x)[0]), "what the head reads is the same"
+
+
 def test_an_option_overrides_a_recipe_and_settings_keep_their_numbers(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "mine", "ab", 2, 16)
@@ -437,7 +453,7 @@ def test_training_the_judges_resumes_to_the_same_bits_and_leaves_the_whitening(t
     first, second = (load_file(tmp_path / name / "judge.pt") for name in ("cut", "cut2"))
     stem = cut["parts"]["judge"]["trunk.0.weight"]
     assert torch.equal(first["weights"]["trunk.0.weight"], stem.half()) and torch.equal(stem[:12], -stem[12:])
-    assert first["judge"]["arch"] == "resnet9" and first["train"]["mean"].shape == (2, 128)
+    assert first["judge"]["arch"] == "resnet9" and first["train"]["mean"].shape == (2, 256)
     assert second["judge"]["arch"] == "resnet" and "train" not in second
     with pytest.raises(BadInput):
         judge.main([*base, "--out", str(tmp_path / "whole")])

@@ -75,24 +75,35 @@ ARCHITECTURES = {"cnn": cnn, "resnet": resnet, "resnet9": resnet9}
 
 
 class Judge(nn.Module):
-    """Classifier of images x (B, C, H, W) in [-1, 1]: (logits (B, K), features (B, 128)).
+    """Classifier of images x (B, C, H, W) in [-1, 1]: (logits (B, K), features (B, D)).
 
-    arch: "cnn", "resnet" or "resnet9". mirror: in eval mode, features are the mean of those of the image and of its
-    mirror image. ValueError where the images are too small for the architecture.
+    arch: "cnn", "resnet" or "resnet9". mirror: in eval mode, what the head reads and the features are means over the
+    image and its mirror image. feature_layers: features are the output of so many layers, averaged over the pixels;
+    0: they are what the head reads, and D is 128. In the last layers nearly all variance lies between the classes, so
+    their features tell little of the variety within a class. ValueError where the images are too small for the
+    architecture.
     """
 
-    def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1, mirror=False):
+    def __init__(self, arch, resolution, channels, num_classes, width, stem_stride=1, mirror=False, feature_layers=0):
         super().__init__()
         self.settings = dict(arch=arch, resolution=resolution, channels=channels, num_classes=num_classes, width=width,
-                             stem_stride=stem_stride, mirror=mirror)
+                             stem_stride=stem_stride, mirror=mirror, feature_layers=feature_layers)
         self.trunk = nn.Sequential(*ARCHITECTURES[arch](resolution, channels, width, stem_stride))
         self.head = nn.Linear(128, num_classes)
 
+    def look(self, x):
+        """What the head reads of images (B, 128), and their features (B, D)."""
+        layers = self.settings["feature_layers"]
+        early = self.trunk[:layers](x)
+        read = F.relu(self.trunk[layers:](early))
+        return read, early.mean((2, 3)) if layers else read
+
     def forward(self, x):
-        features = F.relu(self.trunk(x))
+        read, features = self.look(x)
         if self.settings["mirror"] and not self.training:
-            features = (features + F.relu(self.trunk(x.flip(3)))) / 2
-        return self.head(features), features
+            read_mirrored, features_mirrored = self.look(x.flip(3))
+            read, features = (read + read_mirrored) / 2, (features + features_mirrored) / 2
+        return self.head(read), features
 
 
 @torch.no_grad()
@@ -104,9 +115,9 @@ def class_stats(judge, images, labels, keep=500, batch=500, moments_of=None):
 
     confusion (K, K)      number of images of label k that the judge takes for each class
     entropy (K,)          mean entropy of the judge's probabilities, in nats
-    mean (K, 128)         first moments of the judge's features
-    second (K, 128, 128)  second moments
-    features (K, n, 128)  features of the first images, float16; n = `keep`, or what the smallest label has
+    mean (K, D)           first moments of the judge's features
+    second (K, D, D)      second moments
+    features (K, n, D)    features of the first images, float16; n = `keep`, or what the smallest label has
     """
     judge.eval()
     K, device = judge.settings["num_classes"], next(judge.parameters()).device

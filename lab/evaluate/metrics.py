@@ -9,7 +9,7 @@ COMPARED = 5000  # features in all, real or fake, that precision and recall are 
 
 
 def moments(stats, labels, weights=None):
-    """Mean (128,) and covariance (128, 128) of the mixture of `labels`, in equal parts or by `weights`, float64."""
+    """Mean (D,) and covariance (D, D) of the mixture of `labels`, in equal parts or by `weights`, float64."""
     share = torch.ones(len(labels), dtype=torch.float64) if weights is None else weights.double()
     share = share / share.sum()
     mean = torch.tensordot(share, stats["mean"][labels].double(), 1)
@@ -41,7 +41,7 @@ def share_covered(points, support, k):
 
 
 def precision_recall(real, fake, k=3):
-    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, 128), (M, 128).
+    """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991) of features (N, D), (M, D).
 
     Precision is the share of fake images that the real ones cover, recall the share of real images that the fake ones
     cover. None for both where there are at most k images.
@@ -54,7 +54,7 @@ def precision_recall(real, fake, k=3):
 def override_precision_recall(real, fake, c_f, overrides, erased):
     """`precision_recall` of the images drawn as the override, against real images of the override.
 
-    real, fake: features (K, n, 128) of each label. The images are those under the labels c_f, or under the overrides
+    real, fake: features (K, n, D) of each label. The images are those under the labels c_f, or under the overrides
     where the network has forgotten nothing (erased=False). Their number is the same in both cases, up to rounding.
     """
     overrides = list(dict.fromkeys(overrides))  # labels to forget may share an override
