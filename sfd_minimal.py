@@ -65,7 +65,7 @@ PRESETS = {  # differences from the defaults above; options on the command line 
     "mnist, from a one-step generator": dict(steps=700),
     "mnist, forgetting nothing": dict(steps=7000, lr=1e-4, lr_fake=3.4e-4),
     "cifar10": dict(steps=8000, lr=1e-4, lr_fake=3.4e-4),
-    "cifar10, from a one-step generator": dict(steps=700, lr=1e-4, lr_fake=3.4e-4),
+    "cifar10, from a one-step generator": dict(steps=450, lr=2e-4, lr_fake=6.8e-4),
     "cifar10, forgetting nothing": dict(steps=800, batch=256, lr=1e-4, lr_fake=3.4e-4),
 }
 

@@ -400,7 +400,7 @@ def test_the_judge_of_photographs_takes_any_side_from_16(side):
         Judge("resnet9", 15, 3, 10, width=4)
 
 
-def test_features_of_a_layer_are_means_over_pixels_and_over_the_mirror_image():
+def test_features_of_a_layer_are_sums_over_pixels_and_means_over_the_mirror_image():
     torch.manual_seed(0)
     late = Judge("resnet9", 32, 3, 10, width=4, mirror=True)
     early = Judge("resnet9", 32, 3, 10, width=4, mirror=True, feature_layers=12)
@@ -409,10 +409,10 @@ def test_features_of_a_layer_are_means_over_pixels_and_over_the_mirror_image():
     for training in (False, True):
         logits, features = early.train(training)(x)
         of_layers = early.trunk[:12]
-        expected = of_layers(x).mean((2, 3))
+        expected = of_layers(x).sum((2, 3))
         if not training:
-            expected = (expected + of_layers(x.flip(3)).mean((2, 3))) / 2
-        assert features.shape == (3, 16) and torch.allclose(features, expected, atol=1e-6)
+            expected = (expected + of_layers(x.flip(3)).sum((2, 3))) / 2
+        assert features.shape == (3, 16) and torch.allclose(features, expected, rtol=1e-4)
         assert torch.equal(logits, late.train(training)(x)[0]), "what the head reads is the same"
 
 
@@ -828,6 +828,14 @@ def test_judges_of_cifar10_know_photographs(number):
     if number == "":
         assert content["train"]["confusion"].sum() == 50_000 and content["test"]["confusion"].sum() == 10_000
         assert accuracy(content["test"]["confusion"]) == pytest.approx(content["accuracy"])
+
+
+def test_features_of_the_judge_of_cifar10_keep_the_variety_within_a_class():
+    """In the last features of a classifier the means of ten classes, nine directions, have nearly all the variance."""
+    _, content = load_judge(TEACHERS / "cifar10_judge.pt", CPU)
+    _, covariance = moments(content["train"], list(range(10)))
+    variances = torch.linalg.eigvalsh(covariance).flip(0)
+    assert variances[:9].sum() / variances.sum() < 0.6
 
 
 def test_the_forgetful_generator_belongs_to_this_teacher_and_forgets():

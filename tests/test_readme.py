@@ -156,8 +156,8 @@ def column(lines, title, after=""):
 
 @pytest.mark.parametrize("name, group, forget, line, untouched", [
     ("every class", "every class", "1", "1 to 2", "2 to 3"),
-    ("cifar10", "cifar10 one stage", "airplane", "airplane to automobile: one stage, seed 0",
-     "airplane to automobile: with an anchor, seed 0"),
+    ("cifar10", "cifar10 two stages", "airplane", "airplane to automobile: two stages, seed 0",
+     "ship to truck: two stages, seed 0"),
     ("summary", "anchored elsewhere", "0", "the same without bfloat16", "SFD, one stage")])
 def test_an_fd_of_more_images_than_the_teachers_has_a_star(name, group, forget, line, untouched, monkeypatch):
     lines = table_of(old_rows(group, forget, protocol="3", fd_override="8.25"), name, monkeypatch)

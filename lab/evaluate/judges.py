@@ -78,7 +78,7 @@ class Judge(nn.Module):
     """Classifier of images x (B, C, H, W) in [-1, 1]: (logits (B, K), features (B, D)).
 
     arch: "cnn", "resnet" or "resnet9". mirror: in eval mode, what the head reads and the features are means over the
-    image and its mirror image. feature_layers: features are the output of so many layers, averaged over the pixels;
+    image and its mirror image. feature_layers: features are the output of so many layers, summed over the pixels;
     0: they are what the head reads, and D is 128. In the last layers nearly all variance lies between the classes, so
     their features tell little of the variety within a class. ValueError where the images are too small for the
     architecture.
@@ -96,7 +96,7 @@ class Judge(nn.Module):
         layers = self.settings["feature_layers"]
         early = self.trunk[:layers](x)
         read = F.relu(self.trunk[layers:](early))
-        return read, early.mean((2, 3)) if layers else read
+        return read, early.sum((2, 3)) if layers else read
 
     def forward(self, x):
         read, features = self.look(x)
