@@ -43,10 +43,9 @@ class Settings(RunSettings, sfd_minimal.Settings):
         check_ranges(self)
 
 
-PLAIN = dict(lambda_anchor=0.0, forget_share=0.0, guidance=1.0)
-ANCHORED = dict(lambda_anchor=3.0, forget_share=0.5, guidance=1.0)
-RECIPES = {  # settings of a data set and a start; options on the command line override them
-    **{name: {**PLAIN, **preset} for name, preset in sfd_minimal.PRESETS.items()},
+ANCHORED = dict(lambda_anchor=3.0, forget_share=0.5)
+RECIPES = {  # differences from the settings above; options on the command line override them
+    **sfd_minimal.PRESETS,
     "mnist, anchored": dict(steps=135, lr=8e-4, lr_fake=2.7e-3) | ANCHORED,
     "cifar10, anchored": dict(steps=200, lr=2e-4, lr_fake=6.8e-4) | ANCHORED,
 }
